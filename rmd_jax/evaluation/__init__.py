@@ -1,0 +1,1 @@
+"""Statistics of an evaluation, on NumPy arrays: intervals, win rates, calibration, divergences."""

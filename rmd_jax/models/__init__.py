@@ -1,0 +1,1 @@
+"""Policies and reward-model ensembles as Flax Linen modules over plain parameter trees."""
