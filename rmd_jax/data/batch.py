@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 
 import flax.struct
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,6 +21,9 @@ COLUMNS = (
   "member_weight",
   "reference_logp",
   "rewards",
+  "samples",
+  "sample_length",
+  "sample_logp",
 )
 MEMBER_COLUMNS = ("member_weight", "rewards")  # [K, B, ...]: examples lie on axis 1
 
@@ -45,6 +49,11 @@ class Batch:
     member_weight: weight of each example for each ensemble member.
     reference_logp: log pi_ref(y|x), summed over tokens.
     rewards: explicit rewards; row 0 is the model trained on all data, the others are the family.
+    samples: responses that the reference wrote for this prompt, for the divergence's estimator.
+    sample_length: their lengths; all S exist.
+    sample_logp: their log pi_ref(y|x).
+    token_kl: within a step only: exact KL(pi_ref || pi_theta) summed over tokens, mean over responses.
+    sample_log_ratios: within a step only: log-ratios of `samples`.
   """
 
   prompt: Int[Array, "B P"]
@@ -60,11 +69,28 @@ class Batch:
   member_weight: Float[Array, "K B"] | None = None
   reference_logp: Float[Array, "B N"] | None = None
   rewards: Float[Array, "K B N"] | None = None
+  samples: Int[Array, "B S R"] | None = None
+  sample_length: Int[Array, "B S"] | None = None
+  sample_logp: Float[Array, "B S"] | None = None
+  token_kl: Float[Array, " B"] | None = None
+  sample_log_ratios: Float[Array, "B S"] | None = None
 
   @property
   def mask(self) -> Bool[Array, "B N"]:
     """True where a response exists."""
     return self.response_length > 0
+
+  def with_samples(self) -> "Batch":
+    """The batch whose responses are this one's, followed by the reference's samples."""
+    if self.samples is None or self.sample_length is None:
+      raise ValueError("the batch holds no samples of the reference: set Score.samples, and score again")
+    positions = jnp.arange(self.samples.shape[-1])
+    sample_mask = positions < self.sample_length[:, :, None]
+    return self.replace(
+      responses=jnp.concatenate([self.responses, self.samples], 1),
+      response_length=jnp.concatenate([self.response_length, self.sample_length], 1),
+      response_mask=jnp.concatenate([self.response_mask, sample_mask], 1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +114,9 @@ class Dataset:
   member_weight: np.ndarray | None = None
   reference_logp: np.ndarray | None = None
   rewards: np.ndarray | None = None
+  samples: np.ndarray | None = None
+  sample_length: np.ndarray | None = None
+  sample_logp: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.prompt_length)

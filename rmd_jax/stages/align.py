@@ -1,0 +1,159 @@
+"""Align: fit the policy's implicit reward to stored scores.
+
+Reads   the SFT checkpoint; scores (reference_logp [B, N], rewards [K, B, N]).
+Writes  align/<objective>/checkpoints, align/<objective>/metrics.jsonl.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from rmd_jax import objectives
+from rmd_jax.data.batch import Batch, Dataset
+from rmd_jax.errors import UserError
+from rmd_jax.models.decoder import Decoder
+from rmd_jax.stages.context import Context
+from rmd_jax.training.loop import Training, fit, load_params
+from rmd_jax.training.stage import Loss, Params
+
+Objective = Callable[..., Any]
+"""`objective(log_ratios [B, N], batch, hyper, carry) -> (losses [B], Selection | None, carry)`.
+
+One of `rmd_jax.objectives`' dataclasses, or a plain function of the user's.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+  """The policy's log-ratios under any objective.
+
+  Attributes:
+    decoder: the policy's architecture.
+    plug: the objective.
+  """
+
+  decoder: Decoder
+  plug: Objective
+  members: ClassVar[int] = 0
+
+  @property
+  def coupled(self) -> bool:
+    """A function that says nothing of itself is taken for no sum over examples, which is always right."""
+    return getattr(self.plug, "coupled", True)
+
+  @property
+  def estimator(self) -> str | None:
+    """What the objective's forward divergence is estimated from."""
+    return getattr(self.plug, "estimator", None)
+
+  def outputs(self, params: Params, batch: Batch, *, rng: PRNGKeyArray) -> dict[str, Array]:
+    """`logp` [B, N], and what the divergence's estimator needs beside it."""
+    policy = params["shared"]
+    if self.estimator == "samples":
+      count = batch.responses.shape[1]
+      logp = self.decoder.logp(policy, batch.with_samples())
+      return {"logp": logp[:, :count], "sample_logp": logp[:, count:]}
+    outputs = {"logp": self.decoder.logp(policy, batch)}
+    if self.estimator == "tokenwise":
+      kl = self.decoder.token_kl(policy, params["frozen"], batch)
+      outputs["token_kl"] = kl.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
+    return outputs
+
+  def denominator(self, batch: Batch) -> Float[Array, ""]:
+    """The summed example weights."""
+    return batch.weight.sum()
+
+  def objective(
+    self,
+    outputs: dict[str, Array],
+    batch: Batch,
+    *,
+    step: Array,
+    hyper: Mapping[str, Array],
+    carry: Any,
+  ) -> Loss:
+    """The objective's losses, and METHOD's diagnostics of degeneracy."""
+    log_ratios = outputs["logp"] - batch.reference_logp
+    if "token_kl" in outputs:
+      batch = batch.replace(token_kl=outputs["token_kl"])
+    if "sample_logp" in outputs:
+      batch = batch.replace(sample_log_ratios=outputs["sample_logp"] - batch.sample_logp)
+    losses, selection, carry = self.plug(log_ratios, batch, hyper, carry)
+    aux = objectives.diagnostics(
+      log_ratios,
+      batch.rewards,
+      (batch.response_mask.sum(-1)),
+      beta=hyper.get("beta", 1.0),
+      mask=batch.mask,
+      selection=selection,
+      weights=batch.weight,
+    )
+    if hasattr(self.plug, "report"):
+      aux |= self.plug.report(carry, hyper)
+    return Loss((batch.weight * losses).sum(), batch.weight.sum(), aux, carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class Align:
+  """The stage as a run configures it.
+
+  Attributes:
+    training: steps, batch, optimiser.
+    objective: gin/objectives/NAME.gin sets it.
+    hyper: numbers passed to an objective that is a plain function.
+  """
+
+  training: Training
+  objective: Objective | None = None
+  hyper: Mapping[str, float] | None = None
+
+  def stage(self, context: Context) -> Alignment:
+    """The policy and its objective as the loop trains them."""
+    if self.objective is None:
+      raise UserError(
+        "no objective is chosen: include one of gin/objectives/, "
+        "or list them in Run.objectives, e.g. Run.objectives = ['ensemble']"
+      )
+    return Alignment(context.policy, self.objective)
+
+  def check(self, dataset: Dataset) -> None:
+    """Refuses, before anything is trained, records that cannot feed the objective."""
+    if hasattr(self.objective, "check"):
+      self.objective.check(dataset)
+
+  def numbers(self, dataset: Dataset) -> dict[str, Any]:
+    """The objective's traced numbers: floats, or arrays with one value a step."""
+    plug = self.objective
+    numbers = dict(plug.hyper()) if hasattr(plug, "hyper") else dict(self.hyper or {})
+    steps = np.arange(self.training.steps)
+    for name, value in numbers.items():
+      if callable(value):
+        numbers[name] = np.array([float(value(step)) for step in steps], np.float32)
+    return numbers
+
+  def run(self, context: Context, directory: Path, splits: Mapping[str, Dataset]) -> None:
+    """Trains the policy from the SFT checkpoint on the scored splits."""
+    stage = self.stage(context)
+    policy, _, _ = load_params(context.directory / "sft")
+    frozen = policy["shared"] if stage.estimator == "tokenwise" else {}
+    axes = context.policy.axes()
+    plug = self.objective
+    fit(
+      stage,
+      self.training,
+      params={"frozen": frozen, "shared": policy["shared"], "members": {}},
+      axes={"frozen": axes if frozen else {}, "shared": axes, "members": {}},
+      carry=plug.init_carry() if hasattr(plug, "init_carry") else (),
+      train=splits["train"],
+      validation=splits["validation"],
+      hyper=self.numbers(splits["train"]),
+      directory=directory,
+      seed=context.seed,
+      mesh=context.mesh,
+      label=f"{directory.name}{context.suffix}",
+    )
