@@ -1,0 +1,117 @@
+"""The words of the synthetic world and its two grammars, on texts and on arrays of word numbers.
+
+A prompt states facts and how much each matters; a response is a summary:
+
+    report : vital bridge is closed ; minor sky is grey ; … ; summary :
+    note that bridge is closed . also sky is grey .
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+STATES = {  # no state is shared: a state's word says which subject it is about
+  "bridge": ("closed", "repaired", "flooded"),
+  "sky": ("grey", "clear", "stormy"),
+  "market": ("busy", "quiet", "crowded"),
+  "mayor": ("absent", "elected", "ill"),
+  "harbor": ("frozen", "deep", "guarded"),
+  "train": ("late", "punctual", "cancelled"),
+  "dam": ("cracked", "sound", "leaking"),
+  "school": ("empty", "full", "new"),
+  "power": ("out", "restored", "weak"),
+  "price": ("high", "low", "stable"),
+  "river": ("calm", "rising", "dry"),
+  "forest": ("burning", "green", "damp"),
+  "clinic": ("overrun", "staffed", "sterile"),
+  "road": ("icy", "blocked", "smooth"),
+  "engine": ("hot", "cold", "broken"),
+  "wheat": ("ripe", "rotten", "scarce"),
+  "crew": ("rested", "tired", "missing"),
+  "museum": ("modern", "shut", "famous"),
+  "bank": ("solvent", "bankrupt", "robbed"),
+  "court": ("adjourned", "divided", "sitting"),
+  "team": ("winning", "losing", "unbeaten"),
+  "water": ("safe", "polluted", "salty"),
+  "vaccine": ("effective", "delayed", "recalled"),
+  "stadium": ("packed", "unfinished", "rented"),
+}
+IMPORTANCES = ("vital", "useful", "minor")
+SUBJECTS = tuple(STATES)
+ALL_STATES = tuple(state for states in STATES.values() for state in states)
+MARKS = ("report", "summary", ":", ";", ".", "is", "note", "that", "also")
+WORDS = MARKS + IMPORTANCES + SUBJECTS + ALL_STATES
+STATES_PER_SUBJECT = len(ALL_STATES) // len(SUBJECTS)
+
+NOTHING, UNKNOWN = -1, -2  # padding; a word from outside the world
+NUMBERS = {word: number for number, word in enumerate(WORDS)}
+REPORT, SUMMARY, COLON, SEMICOLON, STOP, IS, NOTE, THAT, ALSO = range(len(MARKS))
+FIRST_IMPORTANCE = NUMBERS[IMPORTANCES[0]]
+FIRST_SUBJECT = NUMBERS[SUBJECTS[0]]
+FIRST_STATE = NUMBERS[ALL_STATES[0]]
+
+# A summary's grammar as the word classes that may follow each other. Class 0 is a full stop or
+# the summary's beginning.
+_CLASSES = ("stop", "note", "that", "also", "subject", "is", "state", "other")
+_FOLLOWS = {
+  "stop": ("note", "also", "subject"),
+  "note": ("that",),
+  "that": ("subject",),
+  "also": ("subject",),
+  "subject": ("is",),
+  "is": ("state",),
+  "state": ("stop",),
+  "other": (),
+}
+_ALLOWED = np.array([[after in _FOLLOWS[before] for after in _CLASSES] for before in _CLASSES])
+_CLASS = np.full(len(WORDS) + 1, _CLASSES.index("other"))  # the last entry: UNKNOWN
+for _word, _name in ((STOP, "stop"), (NOTE, "note"), (THAT, "that"), (ALSO, "also"), (IS, "is")):
+  _CLASS[_word] = _CLASSES.index(_name)
+_CLASS[FIRST_SUBJECT:FIRST_STATE] = _CLASSES.index("subject")
+_CLASS[FIRST_STATE : len(WORDS)] = _CLASSES.index("state")
+
+
+def numbers(texts: Sequence[str]) -> np.ndarray:
+  """[M, L] int64 word numbers, padded with NOTHING; words from outside become UNKNOWN."""
+  rows = [[NUMBERS.get(word, UNKNOWN) for word in text.split()] for text in texts]
+  out = np.full((len(rows), max(map(len, rows), default=0)), NOTHING)
+  for row, line in enumerate(rows):
+    out[row, : len(line)] = line
+  return out
+
+
+def texts(rows: np.ndarray) -> list[str]:
+  """The texts of word numbers [M, L]; NOTHING is skipped wherever it stands."""
+  words = np.array((*WORDS, ""), dtype=object)  # NOTHING is -1, the last
+  return [" ".join(filter(None, line)) for line in words[rows]]
+
+
+def claims(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Finds every "SUBJECT is STATE" in word numbers [M, L].
+
+  Returns:
+    (subject, state, before), each [M, L]: at the place of each "is" that joins a subject and a
+    state, the subject's and the state's index and the number of the word before the subject;
+    NOTHING elsewhere.
+  """
+  padded = np.pad(rows, ((0, 0), (2, 1)), constant_values=NOTHING)
+  before, subject, middle, state = (padded[:, i : i + rows.shape[1]] for i in range(4))
+  found = (
+    (middle == IS)
+    & (subject >= FIRST_SUBJECT)
+    & (subject < FIRST_STATE)
+    & (state >= FIRST_STATE)
+  )
+  return (
+    np.where(found, subject - FIRST_SUBJECT, NOTHING),
+    np.where(found, state - FIRST_STATE, NOTHING),
+    np.where(found, before, NOTHING),
+  )
+
+
+def misplaced(rows: np.ndarray) -> np.ndarray:
+  """[M, L], True on a word that a summary's grammar does not allow after the word before it."""
+  classes = np.where(rows == UNKNOWN, len(WORDS), rows)
+  classes = _CLASS[classes]  # NOTHING, -1, reads the last entry too; it is masked below
+  previous = np.pad(classes, ((0, 0), (1, 0)))[:, :-1]  # class 0 before the first word
+  return ~_ALLOWED[previous, classes] & (rows != NOTHING)
