@@ -1,0 +1,171 @@
+"""Sampling with a key-value cache, in one program: N responses to each prompt, prefilled once."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from rmd_jax.models.logprobs import logits as project
+from rmd_jax.models.transformer import (
+  Cache,
+  Transformer,
+  TransformerConfig,
+  output_table,
+  places,
+)
+
+
+class Samples(NamedTuple):
+  """S responses to each of B prompts.
+
+  Attributes:
+    tokens: ids, EOS included where there is one, 0 past the end.
+    length: number of tokens, EOS included.
+    logp: the model's own log-probability of the tokens, at temperature 1 and without truncation,
+      however they were drawn: what `Decoder.logp` gives for them.
+    finished: False where `max_tokens` came before EOS; such a response has no EOS.
+  """
+
+  tokens: Int[Array, "B S R"]
+  length: Int[Array, "B S"]
+  logp: Float[Array, "B S"]
+  finished: Bool[Array, "B S"]
+
+
+def choose(
+  rng: PRNGKeyArray,
+  log_probs: Float[Array, " V"],
+  *,
+  temperature: float | Float[Array, ""],
+  top_k: int | None,
+  top_p: float | Float[Array, ""] | None,
+) -> Int[Array, ""]:
+  """Draws one token id: temperature first, then the k likeliest, then the nucleus of mass p.
+
+  Args:
+    rng: key of this token.
+    log_probs: log-probabilities, or logits.
+    temperature: 0 takes the likeliest (the lowest id among equals).
+    top_k: how many of the likeliest may be drawn; None for all.
+    top_p: the smallest set of likeliest tokens whose mass reaches p may be drawn, at least one;
+      None for all.
+  """
+  temperature = jnp.asarray(temperature, log_probs.dtype)
+  scaled = log_probs / jnp.where(temperature == 0, 1, temperature)
+  ids = None
+  if top_k is not None or top_p is not None:
+    size = log_probs.shape[-1]
+    scaled, ids = jax.lax.top_k(scaled, size if top_k is None else min(top_k, size))
+  if top_p is not None:
+    mass = jax.nn.softmax(scaled)
+    scaled = jnp.where(jnp.cumsum(mass) - mass < top_p, scaled, -jnp.inf)
+    scaled = scaled.at[0].set(jnp.maximum(scaled[0], -1e30))  # p = 0 still leaves one
+  drawn = jax.random.categorical(rng, scaled)
+  drawn = drawn if ids is None else ids[drawn]
+  return jnp.where(temperature == 0, jnp.argmax(log_probs), drawn).astype(jnp.int32)
+
+
+def sample(
+  config: TransformerConfig,
+  params: dict[str, Any],
+  prompt: Int[Array, "B P"],
+  prompt_length: Int[Array, " B"],
+  rng: PRNGKeyArray,
+  *,
+  samples: int,
+  max_tokens: int,
+  eos_id: int,
+  temperature: float | Float[Array, ""] = 1.0,
+  top_k: int | None = None,
+  top_p: float | Float[Array, ""] | None = None,
+  rows: Int[Array, " B"] | None = None,
+) -> Samples:
+  """Samples responses until EOS or `max_tokens`; ends as soon as all rows have ended.
+
+  Args:
+    config: the decoder.
+    params: its parameters.
+    prompt: prompts, right-padded.
+    prompt_length: their lengths, at least 1.
+    rng: with (row, sample, position) it decides every draw, so that a row's samples do not depend
+      on the rows beside it.
+    samples: S, responses per prompt.
+    max_tokens: R, the longest response, EOS included.
+    eos_id: the id that ends a response.
+    temperature: 0 is greedy. May be traced.
+    top_k: draw among the k likeliest tokens; static.
+    top_p: draw from the nucleus of that mass; may be traced.
+    rows: row ids for the random numbers; by default 0 … B-1.
+  """
+  model = Transformer(config)
+  b, p = prompt.shape
+  rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
+  keys = jax.vmap(
+    lambda row: jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(rng, row), s))(
+      jnp.arange(samples, dtype=jnp.int32)
+    )
+  )(rows)
+  at_prompt, _ = places(prompt_length, jnp.zeros((b, samples), jnp.int32), (p, max_tokens))
+  tokens = jnp.where(at_prompt.segment > 0, prompt, 0)
+  hidden, (key, value) = model.apply({"params": params}, tokens, at_prompt.position, at_prompt)
+  hidden = jnp.take_along_axis(hidden, (prompt_length - 1)[:, None, None], axis=1)
+  empty = jnp.zeros((config.layers, b, samples, max_tokens, *key.shape[3:]), key.dtype)
+  table = output_table(config, params)
+
+  class State(NamedTuple):
+    step: Array
+    hidden: Array  # [B, S, D], the states that predict the next token
+    key: Array
+    value: Array
+    out: Samples
+
+  def unfinished(state):
+    return (state.step < max_tokens) & ~state.out.finished.all()
+
+  def advance(state):
+    step, done = state.step, state.out.finished
+    log_probs = jax.nn.log_softmax(project(state.hidden, table), axis=-1)
+    draw = jax.vmap(jax.vmap(lambda key, row: choose(
+      jax.random.fold_in(key, step), row, temperature=temperature, top_k=top_k, top_p=top_p
+    )))  # fmt: skip
+    token = draw(keys, log_probs)
+    picked = jnp.take_along_axis(log_probs, token[:, :, None], axis=-1)[:, :, 0]
+    token = jnp.where(done, 0, token)
+    out = Samples(
+      jax.lax.dynamic_update_slice_in_dim(state.out.tokens, token[:, :, None], step, axis=2),
+      state.out.length + ~done,
+      state.out.logp + jnp.where(done, 0.0, picked),
+      done | (token == eos_id),
+    )
+    _, at_response = places(
+      prompt_length, jnp.full((b, samples), step + 1, jnp.int32), (p, max_tokens)
+    )
+    position = jnp.broadcast_to(prompt_length[:, None] + step, (b, samples))
+    hidden, (key, value) = model.apply(
+      {"params": params}, token, position, at_prompt, at_response,
+      Cache(*prompt_cache, state.key, state.value), step,
+    )  # fmt: skip
+    return State(
+      step + 1,
+      hidden,
+      jax.lax.dynamic_update_slice_in_dim(state.key, key, step, axis=3),
+      jax.lax.dynamic_update_slice_in_dim(state.value, value, step, axis=3),
+      out,
+    )
+
+  prompt_cache = (key, value)
+  exact = jnp.promote_types(hidden.dtype, jnp.float32)
+  start = State(
+    jnp.int32(0),
+    jnp.broadcast_to(hidden, (b, samples, hidden.shape[-1])),
+    empty,
+    empty,
+    Samples(
+      jnp.zeros((b, samples, max_tokens), jnp.int32),
+      jnp.zeros((b, samples), jnp.int32),
+      jnp.zeros((b, samples), exact),
+      jnp.zeros((b, samples), bool),
+    ),
+  )
+  return jax.lax.while_loop(unfinished, advance, start).out
