@@ -11,9 +11,9 @@ checkpoint whose sums disagree is passed over with a line in the log, and set as
 once a newer good one is there.
 """
 
-import hashlib
-import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +22,8 @@ import jax
 import numpy as np
 
 from rmd_jax.errors import RunError, UserError
-from rmd_jax.training import files
+from rmd_jax.training import files, manifests
 from rmd_jax.training.progress import log
-
-_FORMAT = 1
 
 
 class Restored(NamedTuple):
@@ -44,147 +42,6 @@ class Restored(NamedTuple):
   meta: dict[str, Any]
   metric: float | None
   params_hash: str
-
-
-# --- trees as paths -------------------------------------------------------------------------------
-
-
-def _name(key: Any) -> str:
-  for attribute in (
-    "key",
-    "name",
-    "idx",
-  ):  # of dictionaries, of named tuples and dataclasses, of lists
-    if hasattr(key, attribute):
-      return str(getattr(key, attribute))
-  raise TypeError(f"cannot name the path entry {key!r}")
-
-
-def _is_empty(node: Any) -> bool:
-  return not jax.tree.leaves(node)
-
-
-def _by_path(tree: Any) -> tuple[dict[str, Any], list[str]]:
-  """Leaves by "a/b/c" path, and the paths of subtrees that have no leaves."""
-  leaves: dict[str, Any] = {}
-  empty: list[str] = []
-  for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)[0]:
-    names = [_name(key) for key in keys]
-    path = "/".join(names)
-    if path in leaves or path in empty or any("/" in name for name in names):
-      raise ValueError(f"two leaves of the state cannot be told apart by their path: {path!r}")
-    if _is_empty(node):
-      empty.append(path)
-    else:
-      leaves[path] = node
-  return leaves, empty
-
-
-def _nested(leaves: Mapping[str, Any], empty: list[str] | None = None) -> Any:
-  root: dict[str, Any] = {}
-  for path, leaf in [*leaves.items(), *((path, {}) for path in empty or () if path)]:
-    *parents, last = path.split("/")
-    node = root
-    for name in parents:
-      node = node.setdefault(name, {})
-    node[last] = leaf
-  return root
-
-
-def _is_key(leaf: Any) -> bool:
-  return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _stored(leaf: Any) -> Any:
-  """A leaf as Orbax stores it: an array; of a random key, its data."""
-  if _is_key(leaf):
-    return jax.random.key_data(leaf)
-  return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def _spec(leaf: Any) -> list[Any]:
-  """[dtype, [shape]] of a leaf, abstract or not; what the manifest says of it."""
-  if not hasattr(leaf, "dtype"):
-    leaf = np.asarray(leaf)
-  return [str(leaf.dtype), list(leaf.shape)]
-
-
-def _host(leaf: Any) -> np.ndarray:
-  """The whole value on this host, whatever its sharding."""
-  leaf = _stored(leaf)
-  if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-    return np.asarray(leaf)
-  if leaf.is_fully_replicated:
-    return np.asarray(leaf.addressable_data(0))
-  from jax.experimental import multihost_utils
-
-  return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-
-
-def params_hash(tree: Any) -> str:
-  """SHA-256 over paths, dtypes, shapes and values of a tree's leaves: the model's identity.
-
-  The same for NumPy and JAX arrays, for any sharding, and for tuples or dictionaries whose path
-  names agree. Subtrees without leaves do not count.
-  """
-  digest = hashlib.sha256()
-  leaves, _ = _by_path(tree)
-  for path in sorted(leaves):
-    dtype, shape = _spec(leaves[path])
-    digest.update(f"{path}\0{dtype}\0{shape}\0".encode())
-    digest.update(memoryview(np.ascontiguousarray(_host(leaves[path])).reshape(-1).view(np.uint8)))
-  return digest.hexdigest()
-
-
-# --- the manifest ---------------------------------------------------------------------------------
-
-
-def _self_sum(manifest: Mapping[str, Any]) -> str:
-  rest = {name: value for name, value in manifest.items() if name != "sha256"}
-  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-  """The manifest, checked against its own sum.
-
-  Raises:
-    ValueError: it is missing or damaged; the message says which.
-  """
-  path = directory / "manifest.json"
-  try:
-    manifest = json.loads(path.read_bytes())
-  except FileNotFoundError:
-    raise ValueError("manifest.json is missing") from None
-  except (OSError, ValueError) as error:
-    raise ValueError(f"manifest.json cannot be read ({error})") from error
-  if not isinstance(manifest, dict) or manifest.get("sha256") != _self_sum(manifest):
-    raise ValueError("manifest.json is damaged: its own sum disagrees")
-  if manifest["format"] != _FORMAT:
-    raise ValueError(f"its format is {manifest['format']}; this version reads {_FORMAT}")
-  return manifest
-
-
-def _verify(directory: Path) -> dict[str, Any]:
-  """The manifest of a checkpoint all of whose files have the sums it says.
-
-  Raises:
-    ValueError: it is not good; the message says why.
-  """
-  manifest = _read_manifest(directory)
-  for name, (size, digest) in manifest["files"].items():
-    path = directory / name
-    try:
-      good = path.stat().st_size == size and files.sha256_of(path) == digest
-    except FileNotFoundError:
-      raise ValueError(f"{name} is missing") from None
-    except OSError as error:
-      raise ValueError(f"{name} cannot be read ({error.strerror})") from error
-    if not good:
-      raise ValueError(f"{name} is damaged: its SHA-256 disagrees with the manifest")
-  return manifest
-
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 def _check_fits(directory: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -219,8 +76,10 @@ def _read_state(
   if abstract is None:
     leaves = dict.fromkeys(specs)
   else:
-    leaves = {f"{prefix}{k}" if k else only or "": v for k, v in _by_path(abstract)[0].items()}
-    _check_fits(directory, specs, {path: _spec(leaf) for path, leaf in leaves.items()})
+    leaves = {
+      f"{prefix}{k}" if k else only or "": v for k, v in manifests.by_path(abstract)[0].items()
+    }
+    _check_fits(directory, specs, {path: manifests.spec(leaf) for path, leaf in leaves.items()})
 
   arguments = {}
   for path, leaf in leaves.items():
@@ -232,11 +91,11 @@ def _read_state(
   if arguments:
     handler = ocp.PyTreeCheckpointHandler()
     request = ocp.args.PyTreeRestore(
-      item=_nested(dict.fromkeys(arguments, 0)),
-      restore_args=_nested(arguments),
+      item=manifests.nested(dict.fromkeys(arguments, 0)),
+      restore_args=manifests.nested(arguments),
       partial_restore=True,
     )
-    read, _ = _by_path(handler.restore(directory / "state", args=request))
+    read, _ = manifests.by_path(handler.restore(directory / "state", args=request))
 
   values = {}
   for path, leaf in leaves.items():
@@ -248,11 +107,26 @@ def _read_state(
     values[path] = value
   if abstract is not None:  # a dictionary keeps the order in which the tree was flattened
     return jax.tree.unflatten(jax.tree.structure(abstract), list(values.values()))
-  tree = _nested(values, empty)
+  tree = manifests.nested(values, empty)
   return tree if only is None else tree[only]
 
 
-# --- the directory --------------------------------------------------------------------------------
+def _write_arrays(directory: Path, tree: dict[str, Any]) -> None:
+  """Writes the arrays by Orbax.
+
+  Raises:
+    OSError: the disk is full, or failed. TensorStore says it as a ValueError with the code in it.
+  """
+  import orbax.checkpoint as ocp
+
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+      writer.save(directory, args=ocp.args.PyTreeSave(tree))
+  except ValueError as error:
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code is None:
+      raise
+    raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def _together(name: str) -> None:
@@ -291,7 +165,7 @@ class Checkpoints:
     self._keep_last, self._keep_best, self._mode = keep_last, keep_best, mode
     self._read_only = read_only
     self._bad: set[int] = set()
-    self._metrics: dict[int, float | None] | None = None  # by step; read when first needed
+    self._metrics: dict[int, float | None] = {}  # by step; read when first needed
     if not read_only and jax.process_index() == 0:
       files.make_directory(self.directory)
       self._clean()
@@ -312,11 +186,9 @@ class Checkpoints:
     return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
 
   def _metric(self, step: int) -> float | None:
-    if self._metrics is None:
-      self._metrics = {}
     if step not in self._metrics:
       try:
-        self._metrics[step] = _read_manifest(self.directory / str(step))["metric"]
+        self._metrics[step] = manifests.read(self.directory / str(step))["metric"]
       except ValueError:  # restore says why, when it comes to it; until then it is not ranked
         self._metrics[step] = None
     return self._metrics[step]
@@ -336,7 +208,7 @@ class Checkpoints:
   ) -> str:
     """Saves a checkpoint and removes those that the policy no longer keeps.
 
-    On return it is committed and durable. A kill at any moment leaves the earlier ones as they were.
+    On return it is committed and durable. A kill at any moment leaves the earlier ones.
 
     Args:
       step: names it; an existing checkpoint of that step is replaced.
@@ -352,42 +224,24 @@ class Checkpoints:
       RunError: the disk is full, or failed; the earlier checkpoints are intact.
       UserError: the directory cannot be written by this user.
     """
-    import orbax.checkpoint as ocp
-
     if self._read_only:
       raise ValueError(f"{self.directory} was opened read only")
     params = state["params"] if isinstance(state, Mapping) else state.params
-    leaves, empty = _by_path(state)
     metric = None if metric is None or math.isnan(metric) else float(metric)
-    manifest: dict[str, Any] = {
-      "format": _FORMAT,
-      "step": int(step),
-      "metric": metric,
-      "params": params_hash(params),
-      "meta": dict(meta or {}),
-      "leaves": {path: _spec(leaf) for path, leaf in leaves.items()},
-      "empty": empty,
-      "keys": {k: str(jax.random.key_impl(v)) for k, v in leaves.items() if _is_key(v)},
-    }
-    json.dumps(manifest, allow_nan=False)  # what cannot be written is refused before the work
+    manifest = manifests.describe(state, params, step=step, metric=metric, meta=meta or {})
     temporary, final = self.directory / f".tmp-{step}", self.directory / str(step)
     lead = jax.process_index() == 0
     if lead:
       files.remove_tree(temporary)
       files.make_directory(temporary)
     _together(f"checkpoint {step} begins")
-    arrays = {path: _stored(leaf) for path, leaf in leaves.items()}
+    arrays = {path: manifests.stored(leaf) for path, leaf in manifests.by_path(state)[0].items()}
     try:
-      with (
-        files.explained(temporary, "write"),
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer,
-      ):
-        writer.save(temporary / "state", args=ocp.args.PyTreeSave(_nested(arrays)))
+      with files.explained(temporary, "write"):
+        _write_arrays(temporary / "state", manifests.nested(arrays))
       _together(f"checkpoint {step} is written")
       if lead:
         self._commit(temporary, final, manifest)
-        if self._metrics is None:
-          self._metrics = {}
         self._metrics[step] = metric
         self._bad.discard(step)
         self._prune()
@@ -399,10 +253,7 @@ class Checkpoints:
     return manifest["params"]
 
   def _commit(self, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-    manifest["files"] = files.sums_under(temporary)
-    manifest["sha256"] = _self_sum(manifest)
-    files.write_plain(temporary / "manifest.json", json.dumps(manifest, indent=1))
-    files.sync_tree(temporary)
+    manifests.seal(temporary, manifest)
     old = final.with_name(f".old-{final.name}")
     if final.exists():
       files.remove_tree(old)
@@ -463,7 +314,7 @@ class Checkpoints:
     for step in order:
       path = self.directory / str(step)
       try:
-        manifest = _verify(path)
+        manifest = manifests.verify(path)
       except ValueError as error:
         self._bad.add(step)
         reasons.append(f"checkpoint {path} is not good: {error}")

@@ -126,7 +126,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_plain(path: Path, data: bytes | str) -> None:
-  """Writes a file in place, neither atomic nor durable: for what `sync_tree` and a rename commit."""
+  """Writes a file in place, neither atomic nor durable; `sync_tree` and a rename then commit it."""
   data = data.encode() if isinstance(data, str) else data
   with explained(path, "write"):
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -1,9 +1,9 @@
 """A run's numbers over time: metrics.jsonl, and the same as TensorBoard events.
 
-A line is one object, `{"step": 7, "time": 1.7e9, "loss/total": 0.69, …}`. Training and evaluation of
-the same step are lines of their own (evaluation's names begin with "eval/"), but no name occurs
-twice at a step. JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity"
-and "-Infinity", which `read_metrics` turns back into numbers.
+A line is one object, `{"step": 7, "time": 1.7e9, "loss/total": 0.69, …}`. Training and evaluation
+of the same step are lines of their own (evaluation's names begin with "eval/"), but no name occurs
+twice at a step. JSON has no NaN and no infinities: they are written as the strings "NaN",
+"Infinity" and "-Infinity", which `read_metrics` turns back into numbers.
 
 Why a restart neither repeats nor misses a step: what is written up to a step is flushed before that
 step's checkpoint commits, and `cut_to` removes what is later than the checkpoint restored. All
@@ -29,7 +29,7 @@ _VALUES = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def _number(name: str, value: Any) -> int | float:
   array = np.asarray(value)
-  if array.shape != () or array.dtype.kind not in "biu" and not _is_float(array.dtype):
+  if array.shape != () or (array.dtype.kind not in "biu" and not _is_float(array.dtype)):
     raise ValueError(f"metric {name!r} must be one real number, not {array.dtype}{array.shape}")
   return int(array) if array.dtype.kind in "biu" else float(array)
 
