@@ -7,7 +7,6 @@ split by hash; texts become token columns. Nothing is written but a trained voca
 import dataclasses
 import hashlib
 import json
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +27,14 @@ FORMAT = "rmd data 1"  # changes when the same source would give other columns
 BINS = 20
 LABELS = ("preference", "ranks", "ratings", "member_weight", "reference_logp", "rewards")
 
-logger = logging.getLogger(__name__)
-
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
   """Token columns of every part.
 
   Attributes:
-    splits: train, validation, test, judge; of length 0 where the part was not asked for. The judge's
-      part is for the held-out reward model alone.
+    splits: train, validation, test, judge; of length 0 where the part was not asked for. The
+      judge's part is for the held-out reward model alone.
     demonstrations: train and validation, N = 1, for SFT.
     vocabulary: wrote the ids.
     summary: JSON-able; data/summary.json of the run directory.
@@ -51,6 +48,24 @@ class Prepared:
   summary: dict[str, Any]
   left_out: list[Problem]
   warnings: list[Problem]
+
+  def text(self) -> str:
+    """A few lines for the log: parts, truncation, and every record that was left out."""
+    summary = self.summary
+    counts = ", ".join(f"{name} {count}" for name, count in summary["counts"].items())
+    cut = summary["truncation"]
+    lines = [
+      f"data: {counts}; {summary['prompts']} prompts, shape {summary['shape']}",
+      f"data: truncated {cut['prompts_truncated']} prompts (their head) and "
+      f"{cut['responses_truncated']} responses (their end)",
+    ]
+    if summary["warnings"]:
+      warned = ", ".join(f"{code} {count}" for code, count in summary["warnings"].items())
+      lines.append(f"data: warnings: {warned} (`rmd validate` shows them)")
+    if self.left_out:
+      lines.append(f"data: left out {len(self.left_out)} records:")
+      lines += [f"  {problem}" for problem in self.left_out]
+    return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +81,8 @@ class PreferenceData:
     max_bad_fraction: of records that may be unusable, and are then left out and listed.
     truncation: of responses that are too long: "cut", or "leave_out" of their examples.
     splits: fractions and seed.
-    demonstrations: a source of {prompt, response} for SFT; None for the source's own or, where it has
-      none, the chosen responses.
+    demonstrations: a source of {prompt, response} for SFT; None for the source's own or, where it
+      has none, the chosen responses.
   """
 
   source: Any
@@ -79,7 +94,7 @@ class PreferenceData:
   splits: Splits = Splits()
   demonstrations: Any = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     check_lengths(self.prompt_length, self.response_length, self.truncation)
     for name, value in (("source", self.source), ("demonstrations", self.demonstrations)):
       if not isinstance(value, Source) and (name == "source" or value is not None):
@@ -88,25 +103,27 @@ class PreferenceData:
           "fingerprint(), such as FileSource"
         )
 
+  def for_seed(self, seed: int) -> "PreferenceData":
+    """The data of a run's seed: a source that is drawn (it has a `seed`) draws anew, files stay."""
+    if seed == 0 or not hasattr(self.source, "seed"):
+      return self
+    source = dataclasses.replace(self.source, seed=self.source.seed + seed)
+    return dataclasses.replace(self, source=source)
+
   def key(self) -> str:
-    """Hash of what decides an example's tokens: for the score store, never a path or a split."""
-    vocabulary = self._vocabulary()
+    """Hash of everything that decides what `prepare` returns: contents, never paths."""
+    demonstrations = self.demonstrations.fingerprint() if self.demonstrations is not None else ""
     parts = [
       FORMAT,
       self.source.fingerprint(),
-      vocabulary.fingerprint(),
+      demonstrations,
+      self._vocabulary().fingerprint(),
       self.prompt_length,
       self.response_length,
       self.truncation,
+      dataclasses.asdict(self.splits),
     ]
-    if isinstance(vocabulary, TrainedSentencePiece):  # its texts are those of the training part
-      parts.append(dataclasses.asdict(self.splits))
-    return _hash(parts)
-
-  def stage_key(self) -> str:
-    """Hash of everything that decides what `prepare` returns, for the stages that train on it."""
-    demonstrations = self.demonstrations.fingerprint() if self.demonstrations is not None else ""
-    return _hash([self.key(), dataclasses.asdict(self.splits), demonstrations])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
   def prepare(self, directory: Path) -> Prepared:
     """Reads and tokenises everything.
@@ -117,7 +134,11 @@ class PreferenceData:
     Raises:
       UserError: unusable data, by the rule of `rmd validate`.
     """
-    records, problems = read(self.source.records(), max_bad_fraction=self.max_bad_fraction)
+    records, problems = read(
+      self.source.records(),
+      max_bad_fraction=self.max_bad_fraction,
+      name=type(self.source).__name__,
+    )
     vocabulary = self._vocabulary()
     if isinstance(vocabulary, TrainedSentencePiece):
       vocabulary = vocabulary.train(self._training_texts(records), directory)
@@ -135,7 +156,6 @@ class PreferenceData:
       "size": vocabulary.size,
       "fingerprint": vocabulary.fingerprint(),
     }
-    _log(summary)
     return Prepared(splits, demonstrations, vocabulary, summary, left_out, warnings)
 
   def _vocabulary(self) -> Any:
@@ -178,7 +198,12 @@ class PreferenceData:
       items = self.source.demonstrations()
     else:
       return {name: first_responses(splits[name]) for name in PARTS[:2]}, []
-    records, problems = read(items, max_bad_fraction=self.max_bad_fraction, demonstrations=True)
+    records, problems = read(
+      items,
+      max_bad_fraction=self.max_bad_fraction,
+      demonstrations=True,
+      name=f"{type(self.demonstrations or self.source).__name__} demonstrations",
+    )
     tokenised = self._tokenise(records, problems, vocabulary)
     # Prompts of the test and judge parts stay unseen here too, by the same hash.
     part = self.splits.assign([records[row].prompt for row in tokenised.rows])
@@ -240,23 +265,3 @@ def histogram(lengths: np.ndarray) -> dict[str, list[int]]:
   edges = np.arange(0, top + width, width)
   counts, _ = np.histogram(lengths, edges)
   return {"edges": edges.tolist(), "counts": counts.tolist()}
-
-
-def _hash(parts: list[Any]) -> str:
-  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _log(summary: dict[str, Any]) -> None:
-  counts = ", ".join(f"{name} {count}" for name, count in summary["counts"].items())
-  logger.info("data: %s; %d prompts", counts, summary["prompts"])
-  cut = summary["truncation"]
-  logger.info(
-    "data: %d prompts lost their head, %d responses their end; %d examples left out as too long",
-    cut["prompts_truncated"],
-    cut["responses_truncated"],
-    cut["examples_left_out"],
-  )
-  if summary["unusable"]:
-    logger.warning("data: left out %d unusable records:", summary["unusable"])
-  for line in summary["left_out"]:
-    logger.warning("  %s", line)

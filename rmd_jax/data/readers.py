@@ -2,11 +2,11 @@
 
 A source is anything with
 
-  records() -> iterator of (location, raw dict), or Problem for what could not be read
+  records() -> iterable of (location, raw dict), of raw dicts, or of Problems in their places
   fingerprint() -> str, a hash of the content, never of a path
 
-and optionally `demonstrations()` (records of {prompt, response}) and `vocabulary`. A location is a
-`Location` (file, line).
+and optionally `demonstrations()` (records of {prompt, response}), `vocabulary` and `seed`. A
+location is (file, line); raw dicts without one are named after their source and counted.
 """
 
 import dataclasses
@@ -16,9 +16,11 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from rmd_jax.data.schema import Location, Problem
 from rmd_jax.data.text import excerpt
 from rmd_jax.errors import UserError
 
-Item = tuple[Location, dict[str, Any]] | Problem
+Item = tuple[Location, dict[str, Any]] | dict[str, Any] | Problem
 
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -45,8 +47,8 @@ OTHER_FORMATS = {
 class Source(Protocol):
   """What `PreferenceData` reads from."""
 
-  def records(self) -> Iterator[Item]:
-    """Raw records with their locations, and problems in their places."""
+  def records(self) -> Iterable[Item]:
+    """Raw records, with their locations or without, and problems in their places."""
 
   def fingerprint(self) -> str:
     """Hexadecimal hash of the content."""
@@ -56,10 +58,18 @@ def fingerprint_records(items: Iterable[Item]) -> str:
   """A hash of raw records and problems, in their order, for sources without bytes to hash."""
   digest = hashlib.sha256()
   for item in items:
-    content = item.what if isinstance(item, Problem) else item[1]
+    content = item.what if isinstance(item, Problem) else located(item, "", 0)[1]
     line = json.dumps(content, sort_keys=True, default=_plain)
     digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
   return digest.hexdigest()[:32]
+
+
+def located(item: tuple[Any, dict[str, Any]] | dict[str, Any], name: str, number: int) -> Any:
+  """(Location, raw record) of an item; `name` and `number` stand in for a location it lacks."""
+  if isinstance(item, Mapping):
+    return Location(name, number), item
+  (file, line), raw = item
+  return Location(str(file), int(line)), raw
 
 
 def _plain(value: Any) -> Any:
@@ -77,12 +87,12 @@ class FileSource:
   matches are read in the order of their names.
 
   Attributes:
-    files: paths; the text in them is UTF-8.
+    files: a path or paths; the text in them is UTF-8.
   """
 
-  files: tuple[str, ...]
+  files: str | tuple[str, ...]
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     files = (self.files,) if isinstance(self.files, (str, os.PathLike)) else tuple(self.files)
     object.__setattr__(self, "files", tuple(str(file) for file in files))
 
@@ -94,7 +104,7 @@ class FileSource:
     """
     if not self.files:
       raise UserError("data: no file given; name at least one JSONL or Parquet file")
-    paths = []
+    paths: list[Path] = []
     for name in self.files:
       matches = [name] if os.path.exists(name) else sorted(glob.glob(name))
       if not matches:
@@ -119,7 +129,7 @@ class FileSource:
     return digest.hexdigest()[:32]
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
   try:
     return open(path, "rb")
   except OSError as error:
@@ -182,7 +192,7 @@ def parse_line(location: Location, line: bytes) -> Item:
   """One line of JSON as a raw record, or the problem with it."""
 
   def problem(what: str) -> Problem:
-    return Problem(*location, "record", what)
+    return Problem.at(location, "record", what)
 
   try:
     text = line.decode("utf-8")
@@ -204,8 +214,8 @@ def parse_line(location: Location, line: bytes) -> Item:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   result = dict(pairs)
   if len(result) < len(pairs):
-    seen: set[str] = set()
-    repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+    counts = Counter(key for key, _ in pairs)
+    repeated = next(key for key, count in counts.items() if count > 1)
     raise ValueError(f"holds the key {excerpt(repeated)} twice")
   return result
 
@@ -237,7 +247,7 @@ def _parquet_row(location: Location, batch: Any, index: int) -> Item:
       reason = (
         "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is unreadable ({error})"
       )
-      return Problem(*location, field, f"{reason}; write the column as UTF-8 text or numbers")
+      return Problem.at(location, field, f"{reason}; write the column as UTF-8 text or numbers")
   return location, raw
 
 
@@ -255,13 +265,13 @@ class TfdsSource:
 
   name: str
   split: str
-  fields: tuple[tuple[str, str], ...] = ()
+  fields: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
   data_dir: str | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     fields = self.fields
     pairs = fields.items() if isinstance(fields, Mapping) else fields
-    object.__setattr__(self, "fields", tuple((str(a), str(b)) for a, b in pairs))
+    object.__setattr__(self, "fields", tuple((pair[0], pair[1]) for pair in pairs))
 
   def records(self) -> Iterator[Item]:
     """Raw records; the line is the example's place in the split."""
@@ -283,7 +293,7 @@ class TfdsSource:
     if not self.fields:
       return dict(example)
     selected = {}
-    for field, feature in self.fields:
+    for field, feature in dict(self.fields).items():
       value: Any = example
       for part in feature.split("/"):
         if not isinstance(value, Mapping) or part not in value:
@@ -356,7 +366,7 @@ def _plain_record(location: Location, raw: Mapping[str, Any]) -> Item:
     try:
       record[field] = plain_value(value)
     except UnicodeDecodeError:
-      return Problem(*location, field, "is not UTF-8; write it as UTF-8 text")
+      return Problem.at(location, field, "is not UTF-8; write it as UTF-8 text")
   return location, record
 
 

@@ -5,7 +5,7 @@ Accepted shapes (one a source):
   pair         {prompt, chosen, rejected}, or {chosen, rejected} that share a prompt
   preference   {prompt, responses: [a, b], preference}
   ranks        {prompt, responses: [...], ranks: [...]}       lower is better, no ties
-  ratings      {prompt, responses: [...], ratings: [...]}     higher is better; `scores` is a synonym
+  ratings      {prompt, responses: [...], ratings: [...]}     higher is better; also named `scores`
 
 A text may be a list of messages [{role, content}]. Optional: `preference` (the probability that the
 first, or chosen, response wins), `id`, `weight`. A demonstration is {prompt, response}.
@@ -17,6 +17,8 @@ import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rmd_jax.data import text as dialogue
 from rmd_jax.data.text import FieldError, check_messages, check_text, excerpt
@@ -57,6 +59,11 @@ class Problem:
   severity: str = "error"
   whole: bool = False
   code: str = ""
+
+  @classmethod
+  def at(cls, location: Location, field: str, what: str, **rest: Any) -> "Problem":
+    """A problem of the record at `location`."""
+    return cls(location.file, location.line, field, what, **rest)
 
   def __str__(self) -> str:
     warning = "warning: " if self.severity == "warning" else ""
@@ -150,22 +157,23 @@ def parse(
   """
   fields, values = _response_fields(raw, demonstration)
   shape = "demonstration" if demonstration else _shape(raw, fields)
-  prompt, responses, messages = _texts(raw, fields, values)
-  warnings = _check_responses(prompt, responses, fields, location)
-  preference, ranks, ratings = _labels(raw, shape, len(responses), fields)
-  order = list(range(len(responses)))
+  prompt, texts, messages = _texts(raw, fields, values)
+  warnings = _check_responses(prompt, texts, fields, location)
+  preference, ranks, ratings = _labels(raw, shape, len(texts))
+  order = list(range(len(texts)))
   if shape == "preference" and preference is not None and preference < 0.5:
     preference, order = 1.0 - preference, [1, 0]
   elif ranks is not None:
     order.sort(key=ranks.__getitem__)
     ranks = tuple(range(len(order)))
   elif ratings is not None:
-    order.sort(key=lambda j: -ratings[j])
+    given = ratings
+    order.sort(key=lambda j: -given[j])
     ratings = tuple(ratings[j] for j in order)
     if len(set(ratings)) == 1:
       what = "are all equal, which prefers no response"
       warnings.append(_warning(location, "ratings", what, "equal ratings"))
-  responses = tuple(responses[j] for j in order)
+  responses = tuple(texts[j] for j in order)
   weight = 1.0
   if "weight" in raw:
     weight = number("weight", raw["weight"])
@@ -179,7 +187,7 @@ def parse(
 
 
 def _warning(location: Location, field: str, what: str, code: str) -> Problem:
-  return Problem(location.file, location.line, field, what, "warning", code=code)
+  return Problem.at(location, field, what, severity="warning", code=code)
 
 
 def _response_fields(raw: Mapping[str, Any], demonstration: bool) -> tuple[list[str], list[Any]]:
@@ -241,7 +249,7 @@ def _texts(
       fields[odd], f"is {kinds[0]}, but {fields[0]} is {kinds[1]}; give both as the same type"
     )
   given = "prompt" in raw
-  prompt = raw.get("prompt")
+  prompt: Any = raw.get("prompt")
   prompt_messages = None
   if given and isinstance(prompt, (list, tuple)):
     prompt_messages = check_messages("prompt", prompt)
@@ -305,7 +313,7 @@ def _check_responses(
 
 
 def _labels(
-  raw: Mapping[str, Any], shape: str, count: int, fields: list[str]
+  raw: Mapping[str, Any], shape: str, count: int
 ) -> tuple[float | None, tuple[int, ...] | None, tuple[float, ...] | None]:
   preference = None
   if "preference" in raw and shape in ("pair", "preference"):
@@ -337,7 +345,7 @@ def _identity(raw: Mapping[str, Any]) -> str | None:
   if "id" not in raw:
     return None
   value = raw["id"]
-  if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+  if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
     return str(int(value))
   if isinstance(value, str) and value:
     return check_text("id", value)

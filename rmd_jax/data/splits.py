@@ -1,8 +1,8 @@
 """Train, validation, test and judge parts, by a hash of the prompt.
 
-A prompt's part depends on the prompt and the seed alone: not on the file's order, its other records,
-or the host. All records of a prompt fall into one part. The judge's part (a held-out reward model
-is trained on it) is seen by no other stage.
+A prompt's part depends on the prompt and the seed alone: not on the file's order, its other
+records, or the host. All records of a prompt fall into one part. The judge's part (a held-out
+reward model is trained on it) is seen by no other stage.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Splits:
   judge: float = 0.0
   seed: int = 0
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name in PARTS[1:]:
       fraction = getattr(self, name)
       if not 0 <= fraction < 1:

@@ -10,7 +10,6 @@ A prompt ends with the opened turn, "\\n\\nAssistant:", and a response starts wi
 follows; prompt + response is the dialogue, character by character.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,8 +111,14 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str]:
   Raises:
     FieldError: they share no such turn.
   """
-  shared = len(os.path.commonprefix([chosen, rejected]))
-  start = chosen.rfind(ASSISTANT_TURN, 0, shared)
+  start = -1
+  at = chosen.find(ASSISTANT_TURN)
+  while at >= 0 and rejected.startswith(ASSISTANT_TURN, at):
+    end = at + len(ASSISTANT_TURN)
+    if chosen[max(start, 0) : end] != rejected[max(start, 0) : end]:
+      break
+    start = at
+    at = chosen.find(ASSISTANT_TURN, end)
   if start < 0:
     raise FieldError(
       "chosen",
@@ -199,11 +204,11 @@ def join_prompt(
 def join_text(prompt: str, fields: Sequence[str], texts: Sequence[str]) -> tuple[str, list[str]]:
   """A prompt and texts that continue it, or that are whole dialogues beginning with it.
 
-  Text beside a prompt is its continuation as it stands, unless it begins with "\\n\\nHuman:": then it
-  is a dialogue and must begin with the prompt.
+  Text beside a prompt is its continuation as it stands, unless it begins with "\\n\\nHuman:": then
+  it is a dialogue and must begin with the prompt.
 
   Raises:
-    FieldError: a dialogue that does not begin with the prompt, or a dialogue beside a text that is none.
+    FieldError: a dialogue that does not begin with the prompt, or one beside a text that is none.
   """
   dialogues = [text.startswith(HUMAN_TURN) for text in texts]
   if not any(dialogues):

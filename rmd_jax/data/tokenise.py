@@ -1,9 +1,9 @@
 """Records to token columns: prompt and responses each on their own, BOS, EOS, truncation.
 
 No token straddles the boundary between prompt and response, as they are tokenised apart. A prompt
-is BOS and its text; where it is too long it loses its head and keeps BOS. A response is its text and
-one EOS; where it is too long it either is cut and keeps EOS, or its example is left out. Everything
-cut or left out is counted.
+is BOS and its text; where it is too long it loses its head and keeps BOS. A response is its text
+and one EOS; where it is too long it either is cut and keeps EOS, or its example is left out.
+Everything cut or left out is counted.
 """
 
 import dataclasses
@@ -111,7 +111,8 @@ def tokenise(
     weight=np.array([record.weight for record in kept], np.float32),
     **_labels(kept, responses),
   )
-  cut = response_tokens > response_length
+  cut: np.ndarray = response_tokens > response_length
+  affected = np.asarray(cut.any(1))
   return Tokenised(
     dataset,
     np.array([row.row for row in encoded], np.int64),
@@ -121,14 +122,14 @@ def tokenise(
     {
       "prompts_truncated": int((prompt_tokens + 1 > prompt_length).sum()),
       "responses_truncated": int(cut.sum()),
-      "examples_truncated": int(cut.any(1).sum()),
+      "examples_truncated": int(affected.sum()),
       "examples_left_out": len(too_long) if truncation == "leave_out" else 0,
-      "identical_after_truncation": _became_identical(kept, dataset, cut.any(1)),
+      "identical_after_truncation": _became_identical(kept, dataset, affected),
     },
   )
 
 
-def check_lengths(prompt_length: int, response_length: int, truncation: str) -> None:
+def check_lengths(prompt_length: int, response_length: int, truncation: str = "cut") -> None:
   """Refuses lengths that cannot hold BOS or EOS and a token, and unknown policies."""
   if prompt_length < 1:
     raise UserError(f"prompt_length is {prompt_length}; BOS alone needs 1")
@@ -212,7 +213,7 @@ def _response_rows(
 def _became_identical(records: Sequence[Record], dataset: Dataset, cut: np.ndarray) -> int:
   """How many records have different responses that truncation made the same."""
   identical = 0
-  for row in np.flatnonzero(cut):
+  for row in np.flatnonzero(cut).tolist():
     lengths = dataset.response_length[row]
     shown = {dataset.responses[row, j, : lengths[j]].tobytes() for j in np.flatnonzero(lengths)}
     identical += len(shown) < len(set(records[row].responses))
@@ -221,7 +222,7 @@ def _became_identical(records: Sequence[Record], dataset: Dataset, cut: np.ndarr
 
 def _labels(records: Sequence[Record], responses: int) -> dict[str, np.ndarray]:
   """The label columns that the records have; a pair that states no preference is certain."""
-  columns = {}
+  columns: dict[str, np.ndarray] = {}
   if any(record.preference is not None for record in records):
     stated = [1.0 if r.preference is None else r.preference for r in records]
     columns["preference"] = np.array(stated, np.float32)

@@ -1,4 +1,4 @@
-"""Which records can be used: the one rule of every stage, and `rmd validate`, which reports by it."""
+"""Which records can be used: every stage's one rule, and `rmd validate`, which reports by it."""
 
 import dataclasses
 import math
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from rmd_jax.data import schema
-from rmd_jax.data.readers import FileSource, Item
+from rmd_jax.data.readers import FileSource, Item, located
 from rmd_jax.data.schema import Location, Problem, Record
 from rmd_jax.data.text import FieldError, excerpt, unknown_message_fields
-from rmd_jax.data.tokenise import tokenise
+from rmd_jax.data.tokenise import check_lengths, tokenise
 from rmd_jax.data.vocabulary import ByteVocabulary, Vocabulary, encode_batch
 from rmd_jax.errors import UserError
 
@@ -22,26 +22,28 @@ LONGER = 1.1  # the paper's "longer": at least 10 % more tokens
 CHUNK = 4096  # records tokenised at a time
 
 
-def check(items: Iterable[Item], *, demonstrations: bool = False) -> Iterator[Record | Problem]:
+def check(
+  items: Iterable[Item], *, demonstrations: bool = False, name: str = "records"
+) -> Iterator[Record | Problem]:
   """Raw records checked: each comes out as a `Record`, or as a `Problem` of severity "error".
 
   Warnings come before the record that they are about. Checks across records are made here: one
-  shape a source, duplicate ids, unknown fields.
+  shape a source, duplicate ids, unknown fields. `name` stands for records without a location.
   """
   known = schema.DEMONSTRATION_FIELDS if demonstrations else schema.KNOWN_FIELDS
   warned: set[str] = set()
   ids: dict[str, Location] = {}
   hashed: Counter[str] = Counter()
   first: tuple[str, Location] | None = None
-  for item in items:
+  for count, item in enumerate(items, 1):
     if isinstance(item, Problem):
       yield item
       continue
-    location, raw = as_location(item[0]), item[1]
+    location, raw = located(item, name, count)
     try:
       record, warnings = schema.parse(raw, location, demonstration=demonstrations)
     except FieldError as error:
-      yield Problem(*location, error.field, error.what)
+      yield Problem.at(location, error.field, error.what)
       continue
     shape = f"{record.shape}, {'messages' if record.messages else 'text'}"
     if first is None:
@@ -51,7 +53,7 @@ def check(items: Iterable[Item], *, demonstrations: bool = False) -> Iterator[Re
         f"is of another shape ({shape}) than {first[1].file}:{first[1].line} ({first[0]}); give "
         "each shape a source of its own"
       )
-      yield Problem(*location, "record", what, whole=True, code="mixed")
+      yield Problem.at(location, "record", what, whole=True, code="mixed")
       continue
     yield from warnings
     yield from _unknown_fields(raw, known, warned, location)
@@ -59,7 +61,7 @@ def check(items: Iterable[Item], *, demonstrations: bool = False) -> Iterator[Re
       if record.id in ids:
         before = ids[record.id]
         what = f"{excerpt(record.id)} is that of {before.file}:{before.line} too; give each its own"
-        yield Problem(*location, "id", what, "warning", code="duplicate id")
+        yield Problem.at(location, "id", what, severity="warning", code="duplicate id")
       else:
         ids[record.id] = location
     else:  # named by content: equal records are told apart by their number among their equals
@@ -79,15 +81,7 @@ def _unknown_fields(
   for field in sorted(fields - warned, key=str):
     warned.add(field)
     what = "is not a field that is read here; it is left alone (said once)"
-    yield Problem(*location, excerpt(field), what, "warning", code="unknown field")
-
-
-def as_location(value: Any) -> Location:
-  """A source's location: (file, line), or text that stands for the file."""
-  if isinstance(value, tuple):
-    return Location(str(value[0]), int(value[1]))
-  name, _, line = str(value).rpartition(":")
-  return Location(name, int(line)) if name and line.isdigit() else Location(str(value), 1)
+    yield Problem.at(location, excerpt(field), what, severity="warning", code="unknown field")
 
 
 def refuse_unusable(problems: Sequence[Problem], usable: int, max_bad_fraction: float) -> None:
@@ -101,8 +95,8 @@ def refuse_unusable(problems: Sequence[Problem], usable: int, max_bad_fraction: 
   Raises:
     UserError: with the first problems and their number.
   """
-  if not 0 <= max_bad_fraction < 1:
-    raise UserError(f"max_bad_fraction is {max_bad_fraction}; give a fraction in [0, 1)")
+  if not 0 <= max_bad_fraction <= 1:
+    raise UserError(f"max_bad_fraction is {max_bad_fraction}; give a fraction in [0, 1]")
   errors = [problem for problem in problems if problem.severity == "error"]
   spoilt = [problem for problem in errors if problem.whole]
   if not usable and not errors:
@@ -125,7 +119,11 @@ def refuse_unusable(problems: Sequence[Problem], usable: int, max_bad_fraction: 
 
 
 def read(
-  items: Iterable[Item], *, max_bad_fraction: float, demonstrations: bool = False
+  items: Iterable[Item],
+  *,
+  max_bad_fraction: float,
+  demonstrations: bool = False,
+  name: str = "records",
 ) -> tuple[list[Record], list[Problem]]:
   """All records of a source, by the rule.
 
@@ -135,9 +133,13 @@ def read(
   Raises:
     UserError: too many are unusable, or the source is spoilt.
   """
-  records, problems = [], []
-  for item in check(items, demonstrations=demonstrations):
-    (problems if isinstance(item, Problem) else records).append(item)
+  records: list[Record] = []
+  problems: list[Problem] = []
+  for item in check(items, demonstrations=demonstrations, name=name):
+    if isinstance(item, Problem):
+      problems.append(item)
+    else:
+      records.append(item)
   refuse_unusable(problems, len(records), max_bad_fraction)
   return records, problems
 
@@ -164,10 +166,14 @@ def main(
   Returns:
     Exit status: 0, or 2 where a run would refuse the data.
   """
-  vocabulary = ByteVocabulary() if vocabulary is None else vocabulary
-  survey = _Survey(vocabulary)
-  shown = []
+  seen_by: Vocabulary = ByteVocabulary() if vocabulary is None else vocabulary
+  survey = _Survey(seen_by)
+  shown: list[Record] = []
   try:
+    check_lengths(
+      1 if prompt_length is None else prompt_length,
+      2 if response_length is None else response_length,
+    )
     for item in check(FileSource(tuple(files)).records()):
       if isinstance(item, Problem):
         _print(str(item))
@@ -179,7 +185,7 @@ def main(
     _print(str(error))
     return 2
   for record in shown:
-    _show(record, vocabulary, prompt_length, response_length)
+    _show(record, seen_by, prompt_length, response_length)
   for line in survey.lines(prompt_length, response_length):
     _print(line)
   try:
@@ -239,11 +245,11 @@ class _Survey:
     records, self.pending = self.pending, []
     if not records:
       return
-    counts = [len(record.responses) for record in records]
+    counts = np.array([len(record.responses) for record in records])
     prompts = encode_batch(self.vocabulary, [record.prompt for record in records])
     texts = encode_batch(self.vocabulary, [t for record in records for t in record.responses])
     self.prompt_tokens.append(np.array([len(ids) + 1 for ids in prompts]))
-    tokens = np.array([len(ids) + 1 for ids in texts])
+    tokens = np.array([len(ids) + 1 for ids in texts])  # with EOS, as the prompts with BOS
     self.response_tokens.append(tokens)
     starts = np.cumsum(counts) - counts
     self.first_tokens.append(tokens[starts])

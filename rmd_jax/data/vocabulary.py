@@ -24,10 +24,21 @@ from rmd_jax.errors import UserError
 class Vocabulary(Protocol):
   """What the pipeline asks of a vocabulary."""
 
-  size: int
-  pad_id: int
-  bos_id: int
-  eos_id: int
+  @property
+  def size(self) -> int:
+    """Number of ids."""
+
+  @property
+  def pad_id(self) -> int:
+    """Fills columns; never read."""
+
+  @property
+  def bos_id(self) -> int:
+    """Begins a prompt."""
+
+  @property
+  def eos_id(self) -> int:
+    """Ends a response."""
 
   def encode(self, text: str) -> list[int]:
     """Token ids, without BOS and EOS."""
@@ -98,7 +109,7 @@ class WordVocabulary:
   bos_id: int = dataclasses.field(default=1, init=False)
   eos_id: int = dataclasses.field(default=2, init=False)
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if len(set(self.words)) < len(self.words):
       raise UserError("vocabulary: a word is there twice; remove one")
     for word in self.words:
