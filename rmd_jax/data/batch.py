@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 
 import flax.struct
 import jax.numpy as jnp
@@ -83,7 +84,9 @@ class Batch:
   def with_samples(self) -> "Batch":
     """The batch whose responses are this one's, followed by the reference's samples."""
     if self.samples is None or self.sample_length is None:
-      raise ValueError("the batch holds no samples of the reference: set Score.samples, and score again")
+      raise ValueError(
+        "the batch holds no samples of the reference: set Score.samples, and score again"
+      )
     positions = jnp.arange(self.samples.shape[-1])
     sample_mask = positions < self.sample_length[:, :, None]
     return self.replace(
@@ -139,6 +142,20 @@ class Dataset:
         digest.update(np.packbits(self.response_mask[row, j, :length]).tobytes())
       out[row] = digest.hexdigest()[:32].encode()
     return out
+
+  @classmethod
+  def concatenate(cls, parts: Sequence["Dataset"]) -> "Dataset":
+    """The examples of several data sets of one shape, in order; a column must be in all or none."""
+    values = {}
+    for field in dataclasses.fields(cls):
+      columns = [getattr(part, field.name) for part in parts]
+      if any(column is None for column in columns):
+        if any(column is not None for column in columns):
+          raise ValueError(f"column {field.name!r} is in some of the data sets, not in all")
+        values[field.name] = None
+      else:
+        values[field.name] = np.concatenate(columns, int(field.name in MEMBER_COLUMNS))
+    return cls(**values)
 
   def take(self, rows: np.ndarray) -> "Dataset":
     """The data set of the given rows, in the given order."""

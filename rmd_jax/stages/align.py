@@ -84,14 +84,17 @@ class Alignment:
     if "sample_logp" in outputs:
       batch = batch.replace(sample_log_ratios=outputs["sample_logp"] - batch.sample_logp)
     losses, selection, carry = self.plug(log_ratios, batch, hyper, carry)
+    first = int(batch.rewards.shape[0] > 1)  # the family, or the only model there is
     aux = objectives.diagnostics(
       log_ratios,
-      batch.rewards,
-      (batch.response_mask.sum(-1)),
+      batch.rewards[first:],
+      batch.response_mask.sum(-1),
       beta=hyper.get("beta", 1.0),
       mask=batch.mask,
       selection=selection,
       weights=batch.weight,
+      ranks=batch.ranks,
+      first_member=first,
     )
     if hasattr(self.plug, "report"):
       aux |= self.plug.report(carry, hyper)
@@ -121,15 +124,34 @@ class Align:
       )
     return Alignment(context.policy, self.objective)
 
-  def check(self, dataset: Dataset) -> None:
-    """Refuses, before anything is trained, records that cannot feed the objective."""
-    if hasattr(self.objective, "check"):
-      self.objective.check(dataset)
+  @property
+  def beta(self) -> float:
+    """The implicit reward's scale: 1 for an objective without one, such as IPO."""
+    return float(self.resolved_hyper().get("beta", 1.0))
 
-  def numbers(self, dataset: Dataset) -> dict[str, Any]:
-    """The objective's traced numbers: floats, or arrays with one value a step."""
+  def resolved_hyper(self) -> dict[str, Any]:
+    """The objective's numbers as it names them."""
     plug = self.objective
-    numbers = dict(plug.hyper()) if hasattr(plug, "hyper") else dict(self.hyper or {})
+    return dict(plug.hyper()) if hasattr(plug, "hyper") else dict(self.hyper or {})
+
+  def check(self, dataset: Dataset, *, members: int) -> None:
+    """Refuses, before anything is trained, records that cannot feed the objective.
+
+    Args:
+      dataset: the training split, not yet scored.
+      members: how many reward models will score it.
+    """
+    if self.objective is None or not hasattr(self.objective, "check"):
+      return
+    scored = dataset.replace(rewards=np.zeros((members, *dataset.mask.shape), np.float32))
+    try:
+      self.objective.check(scored)
+    except ValueError as error:
+      raise UserError(f"the data cannot feed this objective: {error}") from error
+
+  def numbers(self) -> dict[str, Any]:
+    """The objective's traced numbers: floats, or arrays with one value a step."""
+    numbers = self.resolved_hyper()
     steps = np.arange(self.training.steps)
     for name, value in numbers.items():
       if callable(value):
@@ -138,11 +160,14 @@ class Align:
 
   def run(self, context: Context, directory: Path, splits: Mapping[str, Dataset]) -> None:
     """Trains the policy from the SFT checkpoint on the scored splits."""
-    stage = self.stage(context)
+    plug = self.objective
+    if hasattr(plug, "resolve"):
+      plug = plug.resolve(splits["train"])
+    resolved = dataclasses.replace(self, objective=plug)
+    stage = resolved.stage(context)
     policy, _, _ = load_params(context.directory / "sft")
     frozen = policy["shared"] if stage.estimator == "tokenwise" else {}
     axes = context.policy.axes()
-    plug = self.objective
     fit(
       stage,
       self.training,
@@ -151,7 +176,7 @@ class Align:
       carry=plug.init_carry() if hasattr(plug, "init_carry") else (),
       train=splits["train"],
       validation=splits["validation"],
-      hyper=self.numbers(splits["train"]),
+      hyper=resolved.numbers(),
       directory=directory,
       seed=context.seed,
       mesh=context.mesh,

@@ -30,7 +30,9 @@ class Key:
   @classmethod
   def of(cls, **parts: str) -> "Key":
     """The key of the given parts; texts longer than a digest are hashed."""
-    return cls(tuple((name, text if len(text) <= 16 else digest(text)) for name, text in parts.items()))
+    return cls(
+      tuple((name, text if len(text) <= 16 else digest(text)) for name, text in parts.items())
+    )
 
   @property
   def digest(self) -> str:
@@ -97,8 +99,10 @@ def produce(directory: Path, key: Key, make: Callable[[Path], None], *, stage: s
   state = state_of(directory)
   if state is not None and state["key"] != key.digest:
     aside = directory.with_name(f"{directory.name}.{state['key']}")
-    log(f"{stage}: options or inputs changed; the earlier result is kept as {aside.name}\n"
-        f"{key.differences(state['parts'])}")
+    log(
+      f"{stage}: options or inputs changed; the earlier result is kept as {aside.name}\n"
+      f"{key.differences(state['parts'])}"
+    )
     directory.rename(aside)
     earlier = directory.with_name(f"{directory.name}.{key.digest}")
     if earlier.exists():
@@ -110,7 +114,13 @@ def produce(directory: Path, key: Key, make: Callable[[Path], None], *, stage: s
     return Outcome(directory, key, state["seconds"], skipped=True)
   directory.mkdir(parents=True, exist_ok=True)
   before = 0.0 if state is None else state["seconds"]
-  record = {"stage": stage, "key": key.digest, "parts": dict(key.parts), "done": False, "seconds": before}
+  record = {
+    "stage": stage,
+    "key": key.digest,
+    "parts": dict(key.parts),
+    "done": False,
+    "seconds": before,
+  }
   write_json(directory / STAGE_FILE, record)
   started = time.monotonic()
   try:

@@ -119,14 +119,14 @@ def agreement(rewards: Float[Array, "B N"], batch: Batch) -> Float[Array, " B"]:
 
 def architecture(model: Decoder | None, context: Context) -> Decoder:
   """The reward models' decoder: the policy's where the run names none."""
-  return context.policy if model is None else dataclasses.replace(
-    model, vocab_size=context.policy.vocab_size
+  return (
+    context.policy
+    if model is None
+    else dataclasses.replace(model, vocab_size=context.policy.vocab_size)
   )
 
 
-def start(
-  ensemble: RewardEnsemble, initial: str, context: Context, rng: PRNGKeyArray
-) -> Params:
+def start(ensemble: RewardEnsemble, initial: str, context: Context, rng: PRNGKeyArray) -> Params:
   """Initial parameters: trunks from SFT or from scratch, heads always from scratch."""
   if initial == "scratch":
     return ensemble.init(rng)
@@ -236,7 +236,9 @@ class Judge:
     fit(
       stage,
       self.training,
-      params=start(stage.ensemble, self.initial, context, jax.random.fold_in(jax.random.key(context.seed), 2)),
+      params=start(
+        stage.ensemble, self.initial, context, jax.random.fold_in(jax.random.key(context.seed), 2)
+      ),
       axes=stage.ensemble.axes(),
       carry=(),
       train=context.data.splits["judge"],
