@@ -3,11 +3,18 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+  Array = jax.Array
+else:
+  Array = jax.Array | np.ndarray  # a batch lies on the host first, then on the devices
 
 COLUMNS = (
   "prompt",
@@ -53,7 +60,8 @@ class Batch:
     samples: responses that the reference wrote for this prompt, for the divergence's estimator.
     sample_length: their lengths; all S exist.
     sample_logp: their log pi_ref(y|x).
-    token_kl: within a step only: exact KL(pi_ref || pi_theta) summed over tokens, mean over responses.
+    token_kl: within a step only: exact KL(pi_ref || pi_theta), summed over tokens, the mean over
+      responses.
     sample_log_ratios: within a step only: log-ratios of `samples`.
   """
 
@@ -89,7 +97,8 @@ class Batch:
       )
     positions = jnp.arange(self.samples.shape[-1])
     sample_mask = positions < self.sample_length[:, :, None]
-    return self.replace(
+    return dataclasses.replace(
+      self,
       responses=jnp.concatenate([self.responses, self.samples], 1),
       response_length=jnp.concatenate([self.response_length, self.sample_length], 1),
       response_mask=jnp.concatenate([self.response_mask, sample_mask], 1),

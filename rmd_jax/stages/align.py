@@ -5,7 +5,7 @@ Writes  align/<objective>/checkpoints, align/<objective>/metrics.jsonl.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from rmd_jax.stages.context import Context
 from rmd_jax.training.loop import Training, fit, load_params
 from rmd_jax.training.stage import Loss, Params
 
-Objective = Callable[..., Any]
+Objective = Any
 """`objective(log_ratios [B, N], batch, hyper, carry) -> (losses [B], Selection | None, carry)`.
 
 One of `rmd_jax.objectives`' dataclasses, or a plain function of the user's.
@@ -43,7 +43,7 @@ class Alignment:
 
   @property
   def coupled(self) -> bool:
-    """A function that says nothing of itself is taken for no sum over examples, which is always right."""
+    """Whether it is no sum over examples; of a plain function that is assumed, for safety."""
     return getattr(self.plug, "coupled", True)
 
   @property
@@ -78,16 +78,21 @@ class Alignment:
     carry: Any,
   ) -> Loss:
     """The objective's losses, and METHOD's diagnostics of degeneracy."""
+    assert batch.reference_logp is not None
     log_ratios = outputs["logp"] - batch.reference_logp
     if "token_kl" in outputs:
-      batch = batch.replace(token_kl=outputs["token_kl"])
+      batch = dataclasses.replace(batch, token_kl=outputs["token_kl"])
     if "sample_logp" in outputs:
-      batch = batch.replace(sample_log_ratios=outputs["sample_logp"] - batch.sample_logp)
+      assert batch.sample_logp is not None
+      sampled = outputs["sample_logp"] - batch.sample_logp
+      batch = dataclasses.replace(batch, sample_log_ratios=sampled)
     losses, selection, carry = self.plug(log_ratios, batch, hyper, carry)
-    first = int(batch.rewards.shape[0] > 1)  # the family, or the only model there is
+    rewards = batch.rewards
+    assert rewards is not None
+    first = int(rewards.shape[0] > 1)  # the family, or the only model there is
     aux = objectives.diagnostics(
       log_ratios,
-      batch.rewards[first:],
+      rewards[first:],
       batch.response_mask.sum(-1),
       beta=hyper.get("beta", 1.0),
       mask=batch.mask,
@@ -112,7 +117,7 @@ class Align:
   """
 
   training: Training
-  objective: Objective | None = None
+  objective: Objective = None
   hyper: Mapping[str, float] | None = None
 
   def stage(self, context: Context) -> Alignment:

@@ -1,9 +1,9 @@
 """What a stage leaves behind, and whether it can be used again.
 
-A stage's folder holds `stage.json`: the parts of its key (the options that it can reach, its data, the
-keys of its inputs) and whether it was finished. Equal parts and finished: the stage is skipped. Equal
-and unfinished: it goes on where it stopped. Other parts: the folder is put aside under the name
-`<folder>.<key>`, so that nothing is lost, and is brought back if its key is wanted again.
+A stage's folder holds `stage.json`: the parts of its key (the options that it can reach, its data,
+the keys of its inputs) and whether it was finished. Equal parts and finished: the stage is skipped.
+Equal and unfinished: it goes on where it stopped. Other parts: the folder is put aside under the
+name `<folder>.<key>`, so that nothing is lost, and is brought back if its key is wanted again.
 """
 
 import dataclasses
@@ -114,7 +114,7 @@ def produce(directory: Path, key: Key, make: Callable[[Path], None], *, stage: s
     return Outcome(directory, key, state["seconds"], skipped=True)
   directory.mkdir(parents=True, exist_ok=True)
   before = 0.0 if state is None else state["seconds"]
-  record = {
+  record: dict[str, Any] = {
     "stage": stage,
     "key": key.digest,
     "parts": dict(key.parts),

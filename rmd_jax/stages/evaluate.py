@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from rmd_jax import objectives
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 class Judging(Protocol):
   """What gives a score to sampled responses."""
 
-  name: str
+  @property
+  def name(self) -> str:
+    """What the report calls it."""
 
   def scores(self, prompts: Dataset, generated: Generated) -> np.ndarray:
     """[M, S] scores of the samples, higher is better."""
@@ -179,7 +182,11 @@ class Evaluation:
     best, worst = ends(test)
     rows = np.arange(len(test))
     lengths = test.response_mask.sum(-1)
-    pick = lambda values: np.stack([values[..., rows, best], values[..., rows, worst]], -1)  # noqa: E731
+
+    def pick(values: np.ndarray) -> np.ndarray:
+      return np.stack([values[..., rows, best], values[..., rows, worst]], -1)
+
+    assert test.rewards is not None
     report = calibration.reward_report(
       pick(test.rewards).astype(float),
       pick(lengths),
@@ -190,38 +197,25 @@ class Evaluation:
 
   def policy(self, directory: Path, name: str, align: Align) -> None:
     """One aligned policy against the reference."""
-    context, seed = self.context, self.context.seed
+    context = self.context
     params = load_params(context.directory / "align" / name)[0]["shared"]
     reference, reference_scores = Generated.load(
       context.directory / "evaluate" / "reference" / "samples.npz"
     )
     generated = self.generate(params)
     scores = self.judge.scores(self.prompts, generated)
-    prompts = np.repeat(np.arange(len(self.prompts)), self.options.samples)
     forward = self.logp(params, inference.answered(self.prompts, reference)) - reference.logp
     backward = generated.logp - self.logp(
       self.reference_params, inference.answered(self.prompts, generated)
     )
     held_out, margins = self.margins(params, align)
-    resamples = {"seed": seed, "samples": self.options.resamples}
-    flat = {"prompts": prompts, **resamples}
-    advantage = statistics.bootstrap_interval((scores - reference_scores).ravel(), **flat)
-    win = statistics.win_rate(scores.ravel(), reference_scores.ravel(), **flat)
-    controlled = statistics.length_controlled_win_rate(
-      scores.ravel(),
-      reference_scores.ravel(),
-      generated.length.ravel(),
-      reference.length.ravel(),
-      **flat,
-    )
+    comparison = self.compare(generated, scores, reference, reference_scores)
     evaluation = {
       "objective": name,
-      "seed": seed,
+      "seed": context.seed,
       "beta": held_out["beta"],
       "judge": self.judge.name,
-      "advantage": interval(advantage) | {"n": len(self.prompts)},
-      "win_rate": interval(win),
-      "win_rate_length_controlled": interval(controlled),
+      **comparison,
       "reward_policy": float(scores.mean()),
       "reward_reference": float(reference_scores.mean()),
       "length_policy": float(generated.length.mean()),
@@ -236,14 +230,43 @@ class Evaluation:
     lines = self.side_by_side(generated, scores, reference, reference_scores)
     write_atomic(directory / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
+  def compare(
+    self, policy: Generated, scores: np.ndarray, reference: Generated, reference_scores: np.ndarray
+  ) -> dict[str, Any]:
+    """Advantage and win rates, with intervals over prompts."""
+    seed, resamples = self.context.seed, self.options.resamples
+    prompts = np.repeat(np.arange(len(self.prompts)), self.options.samples)
+    mine, theirs = scores.ravel(), reference_scores.ravel()
+    advantage = statistics.bootstrap_interval(
+      mine - theirs, seed, prompts=prompts, samples=resamples
+    )
+    win = statistics.win_rate(mine, theirs, seed, prompts=prompts, samples=resamples)
+    controlled = statistics.length_controlled_win_rate(
+      mine,
+      theirs,
+      policy.length.ravel(),
+      reference.length.ravel(),
+      seed,
+      prompts=prompts,
+      samples=resamples,
+    )
+    return {
+      "advantage": interval(advantage) | {"n": len(self.prompts)},
+      "win_rate": interval(win),
+      "win_rate_length_controlled": interval(controlled),
+    }
+
   def margins(self, params: Any, align: Align) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Implicit against explicit margins on the held-out comparisons."""
     test = self.test
+    assert test.rewards is not None
+    assert test.reference_logp is not None
     best, worst = ends(test)
     rows = np.arange(len(test))
-    beta = float(align.beta)
+    beta = align.beta
     log_ratios = self.logp(params, test) - test.reference_logp
     lengths = test.response_mask.sum(-1)
+    first = int(len(test.rewards) > 1)
     chosen, rejected = log_ratios[rows, best], log_ratios[rows, worst]
     implicit = beta * (chosen - rejected)
     reward = test.rewards[:, rows, best] - test.rewards[:, rows, worst]
@@ -260,11 +283,13 @@ class Evaluation:
       "diagnostics": {
         key: float(value)
         for key, value in objectives.diagnostics(
-          log_ratios.astype(np.float32),
-          test.rewards.astype(np.float32),
-          lengths.astype(np.int32),
+          jnp.asarray(log_ratios),
+          jnp.asarray(test.rewards[first:]),
+          jnp.asarray(lengths),
           beta=beta,
-          mask=test.mask,
+          mask=jnp.asarray(test.mask),
+          ranks=None if test.ranks is None else jnp.asarray(test.ranks),
+          first_member=first,
         ).items()
       },
     }
@@ -308,6 +333,7 @@ def ends(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
   elif dataset.ratings is not None:
     order = np.where(dataset.mask, dataset.ratings, np.nan)
   else:
+    assert dataset.preference is not None
     order = np.stack([dataset.preference, 1 - dataset.preference], -1)
     order[:, 0] += 1e-9  # an undecided pair keeps its order
   return np.nanargmax(order, 1), np.nanargmin(order, 1)
@@ -317,6 +343,7 @@ def certainty(dataset: Dataset) -> np.ndarray:
   """[M] probability that the best response beats the worst."""
   if dataset.ranks is not None or dataset.ratings is not None:
     return np.ones(len(dataset))
+  assert dataset.preference is not None
   return np.maximum(dataset.preference, 1 - dataset.preference).astype(float)
 
 

@@ -93,7 +93,7 @@ class Texts(NamedTuple):
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
   """Writes an .npz file, whole or not at all."""
   content = io.BytesIO()
-  np.savez(content, **arrays)
+  np.savez(content, allow_pickle=False, **arrays)
   write_atomic(path, content.getvalue())
 
 

@@ -1,7 +1,7 @@
 """Reward: train 1 + K reward models in one program, and the judge in another.
 
-Member 0 sees all the data (d-DPO and dp-DPO distil it); members 1..K are the family of e-DPO, each on
-its own subset, by weights that one pass over the data carries along.
+Member 0 sees all the data (d-DPO and dp-DPO distil it); members 1..K are the family of e-DPO, each
+on its own subset, by weights that one pass over the data carries along.
 
 Reads   preference data; the SFT checkpoint where members start from it.
 Writes  reward/checkpoints, reward/metrics.jsonl; judge/… likewise.
@@ -102,12 +102,13 @@ class RewardModels:
 
 
 def agreement(rewards: Float[Array, "B N"], batch: Batch) -> Float[Array, " B"]:
-  """The share of an example's comparisons that the rewards order as the data does; ties count one half."""
+  """The share of an example's comparisons that rewards order as the data does; ties count half."""
   if batch.ranks is not None:
     better = -batch.ranks.astype(rewards.dtype)
   elif batch.ratings is not None:
     better = batch.ratings
   else:
+    assert batch.preference is not None  # pairs without ranks and ratings have it
     better = jnp.stack([batch.preference, 1 - batch.preference], -1)
   order = jnp.sign(better[:, :, None] - better[:, None, :])
   predicted = jnp.sign(rewards[:, :, None] - rewards[:, None, :])

@@ -109,8 +109,8 @@ def objectives_of(config: Config) -> list[Objective]:
 class Pipeline:
   """The stages of one seed: their keys, in the order of their dependence, and how to run them.
 
-  `only` names the one stage to run; the others must have been finished with these very options. None
-  runs every stage whose result is missing.
+  `only` names the one stage to run; the others must have been finished with these very options.
+  None runs every stage whose result is missing.
   """
 
   def __init__(self, config: Config, directory: Path, seed: int, only: str | None) -> None:
@@ -148,7 +148,7 @@ class Pipeline:
     context, run = self.context, self.run
     seed = str(context.seed)
     make_directory(context.directory)
-    data = Key.of(data=context.source.stage_key())
+    data = Key.of(data=context.source.key())
     if self.only in (None, "sft"):
       artefacts.produce(
         context.directory / "data", data, self.describe, stage=f"data{context.suffix}"
@@ -206,7 +206,7 @@ class Pipeline:
       objective.align.check(data.splits["train"], members=1 + self.run.reward.family)
     write_json(directory / "summary.json", data.summary)
     write_atomic(directory / "left_out.txt", "".join(f"{problem}\n" for problem in data.left_out))
-    log(examples(data))
+    log(f"{data.text()}\n{examples(data)}")
 
   def align(self, objective: Objective, directory: Path) -> None:
     """Trains one policy on the scored splits."""
@@ -325,9 +325,8 @@ def run(config: Config, directory: Path, *, only: str | None = None) -> int:
     for pipeline in pipelines:
       pipeline.execute()
     programs, seconds = compilations()
-    log(
-      f"compiled {programs} programs in {duration(seconds)}; total {duration(time.monotonic() - started)}"
-    )
+    total = duration(time.monotonic() - started)
+    log(f"compiled {programs} programs in {duration(seconds)}; {total} in all")
     write_json(directory / "run.json", record(pipelines, programs, seconds))
     if only in (None, "report"):
       page = write_report(directory)

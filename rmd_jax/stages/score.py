@@ -128,7 +128,7 @@ class Score:
       max_tokens=context.source.response_length,
       eos_id=context.data.vocabulary.eos_id,
     )
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for number, name in enumerate(SAMPLED):
       prompts = context.data.splits[name]
       drawn = inference.generate(

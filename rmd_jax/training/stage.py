@@ -1,14 +1,14 @@
 """What a stage gives to the training loop."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from rmd_jax.data.batch import Batch
 
 Params = dict[str, Any]
-"""`{"frozen", "shared", "members"}`: never updated; one copy; a leading member axis on every leaf."""
+"""`{"frozen", "shared", "members"}`: never updated; one copy; a leading member axis on each leaf."""
 
 
 class Loss(NamedTuple):
@@ -27,6 +27,7 @@ class Loss(NamedTuple):
   carry: Any
 
 
+@runtime_checkable
 class Stage(Protocol):
   """A frozen, hashable dataclass: the jitted step takes it as a static argument.
 
@@ -35,8 +36,13 @@ class Stage(Protocol):
   examples (`coupled`).
   """
 
-  members: int
-  coupled: bool
+  @property
+  def members(self) -> int:
+    """K, the length of the member axis; 0 where there is none."""
+
+  @property
+  def coupled(self) -> bool:
+    """Whether the objective is no sum over examples."""
 
   def outputs(self, params: Params, batch: Batch, *, rng: PRNGKeyArray) -> Any:
     """Per-example arrays: examples on axis 0, or on axis 1 where `members` > 0."""
