@@ -6,8 +6,8 @@
   member_<k>.bin   rewards by member k
 
 A column is a file of blocks, appended as batches are scored, so that scoring goes on where a kill
-stopped it, and a new member touches no other file. A row is found by the example's content key, not by its
-position: order, splits and duplicates do not matter. No β and no path is in the key.
+stopped it, and a new member touches no other file. A row is found by the example's content key, not
+by its position: order, splits and duplicates do not matter. No beta and no path is in a key.
 """
 
 import json
@@ -24,77 +24,73 @@ from rmd_jax.training import files
 from rmd_jax.training.progress import log
 
 _FORMAT = 1
-_BLOCK = struct.Struct("<4sIII")  # magic, rows, responses a row, CRC-32 of what follows
+_BLOCK = struct.Struct(
+  "<4sIII"
+)  # magic, rows, responses a row, CRC-32 of these counts and what follows
 _MAGIC = b"RMDS"
 _KEY = 32  # bytes of a row key
 
 Field = str | int
 
 
-def _read_blocks(path: Path) -> tuple[np.ndarray, np.ndarray, int, int]:
-  """The rows of a column's file.
-
-  Returns:
-    (keys [rows], values [rows, N], size of the whole blocks in bytes, size of the file). What is
-    after the whole blocks is a torn or damaged block and everything behind it.
-  """
-  content = path.read_bytes() if path.exists() else b""
-  keys, values, start = [], [], 0
-  while start + _BLOCK.size <= len(content):
-    magic, rows, responses, crc = _BLOCK.unpack_from(content, start)
-    end = start + _BLOCK.size + rows * (_KEY + 4 * responses)
-    body = content[start + _BLOCK.size : end]
-    if magic != _MAGIC or end > len(content) or zlib.crc32(body) != crc:
-      break
-    keys.append(np.frombuffer(body, f"S{_KEY}", rows))
-    values.append(np.frombuffer(body, "<f4", offset=rows * _KEY).reshape(rows, responses))
-    start = end
-  width = max((block.shape[1] for block in values), default=0)
-  values = [np.pad(block, ((0, 0), (0, width - block.shape[1]))) for block in values]
-  return (
-    np.concatenate(keys) if keys else np.empty(0, f"S{_KEY}"),
-    np.concatenate(values) if values else np.empty((0, 0), "<f4"),
-    start,
-    len(content),
-  )
-
-
-def _block(keys: np.ndarray, values: np.ndarray) -> bytes:
-  body = keys.astype(f"S{_KEY}").tobytes() + np.ascontiguousarray(values, "<f4").tobytes()
-  return _BLOCK.pack(_MAGIC, *values.shape, zlib.crc32(body)) + body
+def _crc(rows: int, responses: int, body: bytes) -> int:
+  return zlib.crc32(body, zlib.crc32(struct.pack("<II", rows, responses)))
 
 
 class _Column:
-  """One column's rows in memory, and its file."""
+  """One column: its rows in memory, and its file."""
 
   def __init__(self, path: Path) -> None:
     self.path = path
-    self.keys, self.values, self.good, self.size = _read_blocks(path)
-    self._known = set(self.keys.tolist())
+    self._keys: list[np.ndarray] = []  # [rows] a block
+    self._values: list[np.ndarray] = []  # [rows, N] a block
+    self._known: set[bytes] = set()
+    self.good = 0  # bytes of whole blocks; what is behind them is torn or damaged
+    content = path.read_bytes() if path.exists() else b""
+    self.size = len(content)
+    while self.good + _BLOCK.size <= self.size:
+      magic, rows, responses, crc = _BLOCK.unpack_from(content, self.good)
+      start = self.good + _BLOCK.size
+      body = content[start : start + rows * (_KEY + 4 * responses)]
+      if magic != _MAGIC or _crc(rows, responses, body) != crc:
+        break
+      values = np.frombuffer(body, "<f4", offset=rows * _KEY).reshape(rows, responses)
+      self._take(np.frombuffer(body, f"S{_KEY}", rows), values)
+      self.good = start + len(body)
+
+  def _take(self, keys: np.ndarray, values: np.ndarray) -> None:
+    self._keys.append(keys)
+    self._values.append(values)
+    self._known.update(keys.tolist())
 
   def __contains__(self, key: bytes) -> bool:
     return key in self._known
 
   def cut(self) -> None:
-    """Removes a torn block, which a kill or a full disk left, or a damaged one."""
+    """Removes a torn block, which a kill or a full disk left, or a damaged one and what follows."""
     if self.size > self.good:
       log(f"{self.path}: the last {self.size - self.good} bytes are no whole block and were cut.")
       files.truncate(self.path, self.good)
       self.size = self.good
 
   def append(self, keys: np.ndarray, values: np.ndarray) -> None:
-    block = _block(keys, values)
+    body = keys.tobytes() + np.ascontiguousarray(values, "<f4").tobytes()
+    block = _BLOCK.pack(_MAGIC, *values.shape, _crc(*values.shape, body)) + body
     files.append(self.path, block)
+    self._take(keys, values)
     self.good = self.size = self.size + len(block)
-    self._known.update(keys.tolist())
-    width = max(self.values.shape[1], values.shape[1])
-    both = [np.pad(v, ((0, 0), (0, width - v.shape[1]))) for v in (self.values, values)]
-    self.keys, self.values = np.concatenate([self.keys, keys]), np.concatenate(both)
 
-  def rows(self, keys: np.ndarray) -> np.ndarray:
-    """The values of rows that are all there."""
-    order = np.argsort(self.keys, kind="stable")
-    return self.values[order[np.searchsorted(self.keys, keys, sorter=order)]]
+  def rows(self, keys: np.ndarray, responses: int) -> np.ndarray:
+    """[rows, N] values of keys that are all there; equal keys have equal N, so none is cut."""
+    values = np.zeros((len(keys), responses), np.float32)
+    if len(keys):
+      known = np.concatenate(self._keys)
+      width = max(block.shape[1] for block in self._values)
+      padded = [np.pad(block, ((0, 0), (0, width - block.shape[1]))) for block in self._values]
+      order = np.argsort(known, kind="stable")
+      found = order[np.searchsorted(known, keys, sorter=order)]
+      values[:] = np.concatenate(padded)[found, :responses]
+    return values
 
 
 class ScoreStore:
@@ -173,7 +169,8 @@ class ScoreStore:
       return
     width = max(map(len, differ))
     lines = [
-      f"  {name:<{width}}  scores {_short(there.get(name))}, run {_short(here.get(name))}   <- differs"
+      f"  {name:<{width}}  scores {_short(there.get(name))}, run {_short(here.get(name))}"
+      "   <- differs"
       for name in differ
     ]
     equal = ", ".join(name for name in names if name not in differ)
@@ -293,9 +290,8 @@ class ScoreStore:
         + (f"\n  {', '.join(complete)}: complete" if complete else "")
         + f"\nRun `{self._command}`: it goes on where it stopped."
       )
-    found = {
-      name: self._column(name).rows(keys)[:, : dataset.mask.shape[1]] for name in self.columns
-    }
+    responses = dataset.mask.shape[1]
+    found = {name: self._column(name).rows(keys, responses) for name in self.columns}
     columns = {}
     if "reference" in found:
       columns["reference_logp"] = found["reference"]

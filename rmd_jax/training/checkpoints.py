@@ -87,7 +87,7 @@ def _read_state(
       arguments[path] = ocp.RestoreArgs(restore_type=np.ndarray)
     else:  # strict (the default): no silent padding, cutting or casting
       arguments[path] = ocp.ArrayRestoreArgs(sharding=leaf.sharding)
-  read = {}
+  read: dict[str, Any] = {}
   if arguments:
     handler = ocp.PyTreeCheckpointHandler()
     request = ocp.args.PyTreeRestore(
@@ -204,7 +204,7 @@ class Checkpoints:
     step: int,
     state: Any,
     meta: Mapping[str, Any] | None = None,
-    metric: float | None = None,
+    metric: float | int | None = None,
   ) -> str:
     """Saves a checkpoint and removes those that the policy no longer keeps.
 

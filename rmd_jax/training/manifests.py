@@ -98,7 +98,7 @@ def params_hash(tree: Any) -> str:
   for path in sorted(leaves):
     dtype, shape = spec(leaves[path])
     digest.update(f"{path}\0{dtype}\0{shape}\0".encode())
-    digest.update(memoryview(np.ascontiguousarray(_host(leaves[path])).reshape(-1).view(np.uint8)))
+    digest.update(np.ascontiguousarray(_host(leaves[path])).reshape(-1).view(np.uint8).data)
   return digest.hexdigest()
 
 

@@ -145,7 +145,8 @@ class MetricsWriter:
     Call it once at the start: with the step of the checkpoint restored, or with None without one.
     """
     content = self.path.read_bytes() if self.path.exists() else b""
-    kept, last, seen, unreadable = [], -1, set(), 0
+    kept, last, unreadable = [], -1, 0
+    seen: set[str] = set()
     lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
       row = _parsed(line)
@@ -190,8 +191,8 @@ class MetricsWriter:
     if twice:
       raise ValueError(f"metrics written twice at step {step}: {', '.join(twice)}")
     numbers = {name: _number(name, value) for name, value in values.items()}
-    row = {"step": int(step), "time": round(time.time(), 3)}
-    row |= {name: _encoded(value) for name, value in numbers.items()}
+    row: dict[str, Any] = {"step": int(step), "time": round(time.time(), 3)}
+    row.update({name: _encoded(value) for name, value in numbers.items()})
     files.append(self.path, json.dumps(row, allow_nan=False) + "\n")
     self._step, self._seen = step, seen | numbers.keys() | {"step", "time"}
     if self._directory is not None:

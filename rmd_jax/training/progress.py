@@ -68,7 +68,7 @@ def log_to(path: Path) -> Iterator[None]:
     _console.path = before
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
   """4 -> "4s", 75 -> "1m15s", 4000 -> "1h06m"."""
   seconds = int(seconds + 0.5)
   if seconds < 60:
@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
   return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
-def quantity(value: float) -> str:
+def quantity(value: float | int) -> str:
   """950 -> "950", 1234 -> "1.2k", 5.6e6 -> "5.6M"."""
   for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
     if abs(value) >= limit:
@@ -99,7 +99,7 @@ class Progress:
     every: seconds between lines off a terminal, or between redraws (at most 10 a second) on one.
   """
 
-  def __init__(self, label: str, total: int, *, start: int = 0, every: float = 5.0) -> None:
+  def __init__(self, label: str, total: int, *, start: int = 0, every: float | int = 5.0) -> None:
     self._label, self._total, self._start = label, total, start
     self._every = every
     self._tty = sys.stderr.isatty()
@@ -109,7 +109,7 @@ class Progress:
     self._said = False
 
   def update(
-    self, step: int, *, tokens: int = 0, values: Mapping[str, float] | None = None
+    self, step: int, *, tokens: int = 0, values: Mapping[str, float | int] | None = None
   ) -> None:
     """Tells that `step` steps are done; shows it when it is time to.
 
@@ -133,7 +133,7 @@ class Progress:
       self._said = True
       log(text)
 
-  def text(self, now: float, values: Mapping[str, float]) -> str:
+  def text(self, now: float, values: Mapping[str, float | int]) -> str:
     """The line at the given time (`time.monotonic()`)."""
     elapsed = max(now - self._began, 1e-9)
     parts = [
@@ -149,7 +149,7 @@ class Progress:
       parts.append(f"ETA {duration((self._total - self._step) * elapsed / done)}")
     return "  ".join(parts)
 
-  def close(self, values: Mapping[str, float] | None = None) -> None:
+  def close(self, values: Mapping[str, float | int] | None = None) -> None:
     """Ends the bar and leaves one line that says how far it got and how long it took."""
     now = time.monotonic()
     elapsed = max(now - self._began, 1e-9)
