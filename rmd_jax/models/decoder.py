@@ -10,9 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rmd_jax.data.batch import Batch
+from rmd_jax.errors import UserError
 from rmd_jax.models import logprobs, sampling
 from rmd_jax.models.transformer import Transformer, TransformerConfig, output_table, places
 
@@ -115,6 +116,8 @@ class Decoder(TransformerConfig):
     return 2.0 * batch * (dense + scores + responses * length * self.width * self.vocab_size)
 
   def _boxed(self, rng: PRNGKeyArray) -> Tree:
+    if not self.vocab_size:
+      raise UserError("Decoder.vocab_size is not set; give the number of token ids.")
     prompt, response = places(jnp.ones(1, jnp.int32), jnp.ones((1, 1), jnp.int32), (1, 1))
     ids = jnp.zeros((1, 2), jnp.int32)
     return Transformer(self).init(rng, ids, ids, prompt, response)["params"]
@@ -127,7 +130,7 @@ class Decoder(TransformerConfig):
     n, r = batch.responses.shape[1:]
     prompt, response = places(batch.prompt_length, batch.response_length, (p, r))
 
-    def joined(of_prompt, of_response):
+    def joined(of_prompt: Array, of_response: Array) -> Array:
       return jnp.concatenate([of_prompt, of_response.reshape(b, n * r)], axis=1)
 
     # Ids in padding may be anything: outside the vocabulary, the lookup would give NaN.
@@ -148,7 +151,7 @@ class Decoder(TransformerConfig):
     return jnp.concatenate([first, response[:, :, :-1]], axis=2)
 
 
-def _counted(batch: Batch):
+def _counted(batch: Batch) -> Bool[Array, "B N R"]:
   """[B, N, R], True on the tokens that count: inside the response and in its mask."""
   index = jnp.arange(batch.responses.shape[-1], dtype=jnp.int32)[None, None]
   return batch.response_mask & (index < batch.response_length[:, :, None])

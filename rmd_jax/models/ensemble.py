@@ -43,7 +43,7 @@ class RewardEnsemble:
   kind: str
   train_trunk: bool = False
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.kind not in KINDS:
       raise UserError(f"RewardEnsemble.kind = {self.kind!r}; use one of {KINDS}.")
     if self.members < 1:

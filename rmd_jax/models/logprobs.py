@@ -28,12 +28,12 @@ def in_chunks(body: Callable[..., Array], *arrays: Array, chunk: int) -> Float[A
     return body(*arrays)
   size = -(-length // pieces)
 
-  def split(x):
+  def split(x: Array) -> Array:
     x = jnp.pad(x, [(0, 0), (0, pieces * size - length)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(batch, pieces, size, *x.shape[2:]), 1, 0)
 
   @jax.checkpoint
-  def step(carry, piece):
+  def step(carry: None, piece: tuple[Array, ...]) -> tuple[None, Array]:
     return carry, body(*piece)
 
   _, out = jax.lax.scan(step, None, tuple(split(x) for x in arrays))
@@ -43,7 +43,8 @@ def in_chunks(body: Callable[..., Array], *arrays: Array, chunk: int) -> Float[A
 def logits(hidden: Float[Array, "B T D"], table: Float[Array, "D V"]) -> Float[Array, "B T V"]:
   """Logits in float32 or better, from operands in the compute dtype."""
   exact = jnp.promote_types(hidden.dtype, jnp.float32)
-  return jnp.einsum("btd,dv->btv", hidden, table, preferred_element_type=exact)
+  flat = hidden.reshape(-1, hidden.shape[-1])  # see Transformer on the weight's gradient
+  return jnp.dot(flat, table, preferred_element_type=exact).reshape(*hidden.shape[:-1], -1)
 
 
 def pick(log_probs: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -68,7 +69,7 @@ def token_logp(
     chunk: tokens whose logits exist at a time.
   """
 
-  def body(hidden, targets):
+  def body(hidden: Array, targets: Array) -> Array:
     scores = logits(hidden, table)
     return pick(scores, targets) - jax.nn.logsumexp(scores, axis=-1)
 
@@ -88,7 +89,7 @@ def token_kl(
   The widths of the two models may differ, the vocabulary may not. Float32 or better.
   """
 
-  def body(reference_hidden, hidden):
+  def body(reference_hidden: Array, hidden: Array) -> Array:
     reference = jax.nn.log_softmax(logits(reference_hidden, reference_table), axis=-1)
     policy = jax.nn.log_softmax(logits(hidden, table), axis=-1)
     return (jnp.exp(reference) * (reference - policy)).sum(-1)

@@ -1,11 +1,14 @@
 """Sampling with a key-value cache, in one program: N responses to each prompt, prefilled once."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from rmd_jax.errors import UserError
 from rmd_jax.models.logprobs import logits as project
 from rmd_jax.models.transformer import (
   Cache,
@@ -31,6 +34,17 @@ class Samples(NamedTuple):
   length: Int[Array, "B S"]
   logp: Float[Array, "B S"]
   finished: Bool[Array, "B S"]
+
+
+class State(NamedTuple):
+  """The loop's state before token `step`: what predicts it, the keys and values so far, and all
+  that was drawn."""
+
+  step: Int[Array, ""]
+  hidden: Float[Array, "B S D"]
+  key: Float[Array, "L B S R G C"]
+  value: Float[Array, "L B S R G C"]
+  out: Samples
 
 
 def choose(
@@ -97,8 +111,20 @@ def sample(
     top_k: draw among the k likeliest tokens; static.
     top_p: draw from the nucleus of that mass; may be traced.
     rows: row ids for the random numbers; by default 0 … B-1.
+
+  Raises:
+    UserError: a number is out of its range.
   """
-  model = Transformer(config)
+  for name, value, low in (
+    ("samples", samples, 1),
+    ("max_tokens", max_tokens, 1),
+    ("temperature", temperature, 0),
+    ("top_k", top_k, 1),
+    ("top_p", top_p, 0),
+  ):
+    if isinstance(value, int | float) and value < low:
+      raise UserError(f"sampling: {name} is {value}; it must be at least {low}.")
+  apply: Callable[..., Any] = functools.partial(Transformer(config).apply, {"params": params})
   b, p = prompt.shape
   rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
   keys = jax.vmap(
@@ -108,28 +134,24 @@ def sample(
   )(rows)
   at_prompt, _ = places(prompt_length, jnp.zeros((b, samples), jnp.int32), (p, max_tokens))
   tokens = jnp.where(at_prompt.segment > 0, prompt, 0)
-  hidden, (key, value) = model.apply({"params": params}, tokens, at_prompt.position, at_prompt)
+  hidden, (prompt_key, prompt_value) = apply(tokens, at_prompt.position, at_prompt)
   hidden = jnp.take_along_axis(hidden, (prompt_length - 1)[:, None, None], axis=1)
-  empty = jnp.zeros((config.layers, b, samples, max_tokens, *key.shape[3:]), key.dtype)
+  empty = jnp.zeros(
+    (config.layers, b, samples, max_tokens, *prompt_key.shape[3:]), prompt_key.dtype
+  )
   table = output_table(config, params)
 
-  class State(NamedTuple):
-    step: Array
-    hidden: Array  # [B, S, D], the states that predict the next token
-    key: Array
-    value: Array
-    out: Samples
+  def draw(key: Array, log_probs: Array, step: Array) -> Array:
+    key = jax.random.fold_in(key, step)
+    return choose(key, log_probs, temperature=temperature, top_k=top_k, top_p=top_p)
 
-  def unfinished(state):
+  def unfinished(state: State) -> Array:
     return (state.step < max_tokens) & ~state.out.finished.all()
 
-  def advance(state):
+  def advance(state: State) -> State:
     step, done = state.step, state.out.finished
     log_probs = jax.nn.log_softmax(project(state.hidden, table), axis=-1)
-    draw = jax.vmap(jax.vmap(lambda key, row: choose(
-      jax.random.fold_in(key, step), row, temperature=temperature, top_k=top_k, top_p=top_p
-    )))  # fmt: skip
-    token = draw(keys, log_probs)
+    token = jax.vmap(jax.vmap(draw, (0, 0, None)), (0, 0, None))(keys, log_probs, step)
     picked = jnp.take_along_axis(log_probs, token[:, :, None], axis=-1)[:, :, 0]
     token = jnp.where(done, 0, token)
     out = Samples(
@@ -142,9 +164,9 @@ def sample(
       prompt_length, jnp.full((b, samples), step + 1, jnp.int32), (p, max_tokens)
     )
     position = jnp.broadcast_to(prompt_length[:, None] + step, (b, samples))
-    hidden, (key, value) = model.apply(
-      {"params": params}, token, position, at_prompt, at_response,
-      Cache(*prompt_cache, state.key, state.value), step,
+    hidden, (key, value) = apply(
+      token, position, at_prompt, at_response,
+      Cache(prompt_key, prompt_value, state.key, state.value), step,
     )  # fmt: skip
     return State(
       step + 1,
@@ -154,7 +176,6 @@ def sample(
       out,
     )
 
-  prompt_cache = (key, value)
   exact = jnp.promote_types(hidden.dtype, jnp.float32)
   start = State(
     jnp.int32(0),

@@ -8,7 +8,9 @@ responses is never computed. What may be seen is a function of segment and logic
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,26 +26,35 @@ REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+SIZES = (
+  "layers",
+  "width",
+  "heads",
+  "kv_heads",
+  "head_dim",
+  "mlp_width",
+  "logit_chunk",
+)
 HIDDEN = -1e30  # finite: a query that sees nothing must stay free of NaN
 
 
-def speed_only(default):
+def speed_only(default: Any) -> Any:
   """A field that changes how fast the numbers come, not which: left out of stage keys."""
   return dataclasses.field(default=default, metadata={"key": False})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
   """Shape and numerics of a decoder-only transformer.
 
   Attributes:
-    vocab_size: number of token ids.
     layers: number of blocks.
     width: size of the residual stream.
     heads: query heads.
     kv_heads: key and value heads; divides `heads`.
     head_dim: size of a head; even, for the rotation.
     mlp_width: size of the gated MLP's inner layer.
+    vocab_size: number of token ids; 0: the data's vocabulary, which a run fills in.
     activation: the gate's nonlinearity, "silu" or "gelu" (tanh approximation).
     tie_embeddings: whether the output projection is the embedding table.
     rope_theta: base of the rotary frequencies.
@@ -51,33 +62,38 @@ class TransformerConfig:
     dtype: of activations and matrix products; norms and softmaxes use at least float32.
     param_dtype: of the parameters.
     remat: what the backward pass recomputes: "none", "full" (each block) or "dots" (all but
-      matrix products with parameters).
+      matrix products with parameters). "full" is the fastest on CPU, too, where memory traffic
+      costs more than the operations saved.
     scan_layers: compile one block and loop over it; False unrolls the loop (longer compilation).
       The parameters are stacked either way.
     logit_chunk: tokens, over the whole batch, whose logits exist at a time.
   """
 
-  vocab_size: int
   layers: int
   width: int
   heads: int
   kv_heads: int
   head_dim: int
   mlp_width: int
+  vocab_size: int = 0
   activation: str = "silu"
   tie_embeddings: bool = True
   rope_theta: float = 10_000.0
   norm_eps: float = 1e-6
   dtype: str = "float32"
   param_dtype: str = "float32"
-  remat: str = speed_only("none")
+  remat: str = speed_only("full")
   scan_layers: bool = speed_only(True)
   logit_chunk: int = speed_only(4096)
 
-  def __post_init__(self):
-    for name in "vocab_size layers width heads kv_heads head_dim mlp_width logit_chunk".split():
+  def __post_init__(self) -> None:
+    for name in SIZES:
       if getattr(self, name) < 1:
         raise UserError(f"Decoder.{name} is {getattr(self, name)}; it must be at least 1.")
+    if self.vocab_size < 0:
+      raise UserError(f"Decoder.vocab_size is {self.vocab_size}; it must be at least 0.")
+    if self.vocab_size < 0:
+      raise UserError(f"Decoder.vocab_size is {self.vocab_size}; it must be positive.")
     if self.heads % self.kv_heads:
       raise UserError(
         f"Decoder.heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}; "
@@ -119,12 +135,19 @@ class Keys(NamedTuple):
 
 
 class Cache(NamedTuple):
-  """Keys and values of all layers while sampling S responses to each of B prompts."""
+  """Keys and values while sampling S responses to each of B prompts; a layer sees its own slice."""
 
-  prompt_key: Float[Array, "L B P G C"]
-  prompt_value: Float[Array, "L B P G C"]
-  key: Float[Array, "L B S R G C"]
-  value: Float[Array, "L B S R G C"]
+  prompt_key: Float[Array, "*L B P G C"]
+  prompt_value: Float[Array, "*L B P G C"]
+  key: Float[Array, "*L B S R G C"]
+  value: Float[Array, "*L B S R G C"]
+
+
+class Rotation(NamedTuple):
+  """Rotary angles of each token, one for each pair of a head's channels."""
+
+  cos: Float[Array, "B T 1 E"]
+  sin: Float[Array, "B T 1 E"]
 
 
 def places(
@@ -158,13 +181,11 @@ def visible(query: Places, key: Places) -> Bool[Array, "... Q T"]:
   )
 
 
-def rotate(x: Float[Array, "B T H C"], angle: Float[Array, "B T E"]) -> Float[Array, "B T H C"]:
+def rotate(x: Float[Array, "B T H C"], turn: Rotation) -> Float[Array, "B T H C"]:
   """Rotary embedding in the half-split convention (Su et al., arXiv 2104.09864; as Llama)."""
-  cos = jnp.cos(angle)[:, :, None]
-  sin = jnp.sin(angle)[:, :, None]
-  first, second = jnp.split(x.astype(angle.dtype), 2, axis=-1)
-  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return rotated.astype(x.dtype)
+  first, second = jnp.split(x.astype(turn.cos.dtype), 2, axis=-1)
+  rotated = [first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin]
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 def attend(
@@ -172,7 +193,8 @@ def attend(
 ) -> Float[Array, "B N Q H C"]:
   """Grouped-query attention to own keys [B, N, T, ...] and to keys [B, S, ...] that N share.
 
-  Scores, softmax and the sum over keys are in float32 or better.
+  One softmax over both. Scores and softmax are in float32 or better. A query that sees nothing
+  gets some finite value.
 
   Args:
     query: queries; scaled here.
@@ -182,35 +204,67 @@ def attend(
   """
   b, n, q, h, c = query.shape
   g = own.key.shape[-2]
+  e = h // g
   exact = jnp.promote_types(query.dtype, jnp.float32)
-  query = query.reshape(b, n, q, g, h // g, c) * jnp.asarray(c**-0.5, query.dtype)
-  scores = jnp.einsum("bnqghc,bntgc->bnghqt", query, own.key, preferred_element_type=exact)
-  scores = jnp.where(visible(at, own.places)[:, :, None, None], scores, HIDDEN)
-  if shared is None:
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bnghqt,bntgc->bnqghc", weights, own.value)
-    return out.reshape(b, n, q, h, c)
-  rows = Places(at.segment.reshape(b, n * q), at.position.reshape(b, n * q))
-  seen = visible(rows, shared.places).reshape(b, 1, 1, n, q, -1)
-  before = jnp.einsum("bnqghc,btgc->bghnqt", query, shared.key, preferred_element_type=exact)
-  before = jnp.where(seen, before, HIDDEN)
-  scores = scores.transpose(0, 2, 3, 1, 4, 5)
-  weights = jax.nn.softmax(jnp.concatenate([before, scores], axis=-1), axis=-1)
-  weights = weights.astype(query.dtype)
-  t = before.shape[-1]
-  out = jnp.einsum("bghnqt,btgc->bnqghc", weights[..., :t], shared.value)
-  out += jnp.einsum("bghnqt,bntgc->bnqghc", weights[..., t:], own.value)
-  return out.reshape(b, n, q, h, c)
+  # All axes that the blocks' products batch over come first, in one order for both: no score is
+  # ever transposed.
+  query = (query * jnp.asarray(c**-0.5, query.dtype)).reshape(b, n, q, g, e, c)
+  query = query.transpose(0, 3, 1, 4, 2, 5)  # [B, G, N, E, Q, C]
+  blocks = [
+    (
+      query.reshape(b, g, n, e * q, c),
+      own.key.transpose(0, 3, 1, 2, 4),
+      own.value.transpose(0, 3, 1, 2, 4),
+      visible(at, own.places)[:, None, :, None],
+    )
+  ]
+  if shared is not None:
+    rows = Places(*(leaf.reshape(b, n * q) for leaf in at))
+    blocks.append(
+      (
+        query.reshape(b, g, n * e * q, c),
+        shared.key.transpose(0, 2, 1, 3),
+        shared.value.transpose(0, 2, 1, 3),
+        visible(rows, shared.places).reshape(b, 1, n, 1, q, -1),
+      )
+    )
+  scores = []
+  for row, key, _, seen in blocks:
+    score = jnp.einsum("...qc,...tc->...qt", row, key, preferred_element_type=exact)
+    # Added, not selected: the backward pass then has nothing to do here.
+    scores.append(score.reshape(b, g, n, e, q, -1) + jnp.where(seen, 0.0, HIDDEN).astype(exact))
+  tops = [jax.lax.stop_gradient(score).max(-1, keepdims=True) for score in scores]
+  top = functools.reduce(jnp.maximum, tops[1:], tops[0])
+  masses = [jnp.exp(score - top) for score in scores]
+  total = sum(mass.sum(-1, keepdims=True) for mass in masses)
+  out = jnp.zeros((), exact)
+  for mass, (row, _, value, _) in zip(masses, blocks, strict=True):
+    weights = mass.reshape(*row.shape[:-1], -1).astype(value.dtype)
+    part = jnp.einsum("...qt,...tc->...qc", weights, value, preferred_element_type=exact)
+    out = out + part.reshape(b, g, n, e, q, c)
+  out = (out / total).astype(query.dtype)
+  return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, n, q, h, c)
 
 
-def kernel(scale: float, fan_in: int | tuple[int, ...], axes: tuple[str, ...]):
-  """Truncated normal of variance `scale` / fan-in, with logical axis names."""
-  fan_in = (fan_in,) if isinstance(fan_in, int) else fan_in
-  out = tuple(i for i in range(len(axes)) if i not in fan_in)
-  init = nn.initializers.variance_scaling(
-    scale, "fan_in", "truncated_normal", in_axis=fan_in, out_axis=out
-  )
+def named(init: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
+  """An initialiser whose parameter carries logical axis names."""
   return nn.with_logical_partitioning(init, axes)
+
+
+def kernel(axes: tuple[str, ...], *, inputs: int = 1, scale: float = 1.0) -> Callable[..., Any]:
+  """Initialiser with logical axis names: truncated normal of variance `scale` / fan-in.
+
+  Args:
+    axes: names; the first `inputs` of them are summed over in the product.
+  """
+  init = nn.initializers.variance_scaling(
+    scale,
+    "fan_in",
+    "truncated_normal",
+    in_axis=tuple(range(inputs)),
+    out_axis=tuple(range(inputs, len(axes))),
+  )
+  return named(init, axes)
 
 
 class RMSNorm(nn.Module):
@@ -219,10 +273,10 @@ class RMSNorm(nn.Module):
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     scale = self.param(
       "scale",
-      nn.with_logical_partitioning(nn.initializers.ones, ("embed",)),
+      named(nn.initializers.ones, ("embed",)),
       (x.shape[-1],),
       jnp.dtype(self.config.param_dtype),
     )
@@ -230,7 +284,7 @@ class RMSNorm(nn.Module):
     x = x.astype(exact)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     normed = x * jax.lax.rsqrt(mean_square + self.config.norm_eps)
-    return (normed * scale.astype(exact)[None, None]).astype(self.config.dtype)
+    return (normed * scale.astype(exact)[None]).astype(self.config.dtype)
 
 
 class Layer(nn.Module):
@@ -242,47 +296,60 @@ class Layer(nn.Module):
 
   config: TransformerConfig
 
-  def weight(self, name: str, shape: tuple[int, ...], init) -> Array:
-    param = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
-    return param.astype(self.config.dtype)
-
   @nn.compact
-  def __call__(self, x, angle, prompt, response, cache, step):
+  def __call__(
+    self,
+    x: Float[Array, "T D"],
+    turn: Rotation,
+    prompt: Places,
+    response: Places | None,
+    cache: Cache | None,
+    step: Int[Array, ""] | None,
+  ) -> tuple[Float[Array, "T D"], tuple[Array, Array] | None]:
     c = self.config
     depth = 1 / (2 * c.layers)  # keeps the residual stream's variance near 1 at any depth
+
+    def weight(name: str, *shape: int, init: Callable[..., Any]) -> Array:
+      param = self.param(name, init, shape, jnp.dtype(c.param_dtype))
+      return param.astype(c.dtype)
+
+    def project(name: str, heads: int, axis: str) -> Array:
+      w = weight(name, c.width, heads, c.head_dim, init=kernel(("embed", axis, "head_dim")))
+      return jnp.dot(y, w.reshape(c.width, -1)).reshape(*turn.cos.shape[:2], heads, c.head_dim)
+
     y = RMSNorm(c, name="attention_norm")(x)
-    project = {
-      name: self.weight(
-        name, (c.width, heads, c.head_dim), kernel(1.0, 0, ("embed", axis, "head_dim"))
-      )
-      for name, heads, axis in (
-        ("query", c.heads, "heads"),
-        ("key", c.kv_heads, "kv_heads"),
-        ("value", c.kv_heads, "kv_heads"),
-      )
-    }
-    query, key, value = (jnp.einsum("btd,dhc->bthc", y, w) for w in project.values())
-    query, key = rotate(query, angle), rotate(key, angle)
+    query = rotate(project("query", c.heads, "heads"), turn)
+    key = rotate(project("key", c.kv_heads, "kv_heads"), turn)
+    value = project("value", c.kv_heads, "kv_heads")
     if cache is None:
       mixed, kept = self.attention(query, key, value, prompt, response)
     else:
+      assert response is not None
+      assert step is not None
       mixed, kept = self.decode(query, key, value, prompt, response, cache, step)
-    out = self.weight(
-      "out", (c.heads, c.head_dim, c.width), kernel(depth, (0, 1), ("heads", "head_dim", "embed"))
-    )
-    x = x + jnp.einsum("bthc,hcd->btd", mixed, out)
+    init = kernel(("heads", "head_dim", "embed"), inputs=2, scale=depth)
+    out = weight("out", c.heads, c.head_dim, c.width, init=init)
+    x = x + jnp.dot(mixed.reshape(x.shape[0], -1), out.reshape(-1, c.width))
+
     y = RMSNorm(c, name="mlp_norm")(x)
-    gate = self.weight("gate", (c.width, c.mlp_width), kernel(1.0, 0, ("embed", "mlp")))
-    up = self.weight("up", (c.width, c.mlp_width), kernel(1.0, 0, ("embed", "mlp")))
-    down = self.weight("down", (c.mlp_width, c.width), kernel(depth, 0, ("mlp", "embed")))
+    gate = weight("gate", c.width, c.mlp_width, init=kernel(("embed", "mlp")))
+    up = weight("up", c.width, c.mlp_width, init=kernel(("embed", "mlp")))
+    down = weight("down", c.mlp_width, c.width, init=kernel(("mlp", "embed"), scale=depth))
     inner = ACTIVATIONS[c.activation](jnp.dot(y, gate)) * jnp.dot(y, up)
     return x + jnp.dot(inner, down), kept
 
-  def attention(self, query, key, value, prompt, response):
+  def attention(
+    self,
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T G C"],
+    value: Float[Array, "B T G C"],
+    prompt: Places,
+    response: Places | None,
+  ) -> tuple[Float[Array, "B T H C"], tuple[Array, Array] | None]:
     """Attention within the call; prefill also returns the prompt's keys and values."""
     b, p = prompt.position.shape
     of_prompt = Keys(key[:, :p], value[:, :p], prompt)
-    alone = Keys(*(leaf[:, None] for leaf in of_prompt[:2]), Places(*(a[:, None] for a in prompt)))
+    alone = jax.tree.map(lambda leaf: leaf[:, None], of_prompt)
     mixed = attend(query[:, None, :p], alone.places, alone)[:, 0]
     if response is None:
       return mixed, (key, value)
@@ -293,22 +360,28 @@ class Layer(nn.Module):
     answered = attend(query, response, Keys(key, value, response), of_prompt)
     return jnp.concatenate([mixed, answered.reshape(b, n * r, *mixed.shape[2:])], axis=1), None
 
-  def decode(self, query, key, value, prompt, response, cache, step):
+  def decode(
+    self,
+    query: Float[Array, "B S H C"],
+    key: Float[Array, "B S G C"],
+    value: Float[Array, "B S G C"],
+    prompt: Places,
+    response: Places,
+    cache: Cache,
+    step: Int[Array, ""],
+  ) -> tuple[Float[Array, "B S H C"], tuple[Array, Array]]:
     """Attention of token `step` of each response; returns that token's keys and values."""
     kept = (key[:, :, None], value[:, :, None])
-    key, value = (
-      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), step, axis=2)
-      for old, new in zip(cache[2:], kept, strict=True)
-    )
+    key = jax.lax.dynamic_update_slice_in_dim(cache.key, kept[0], step, axis=2)
+    value = jax.lax.dynamic_update_slice_in_dim(cache.value, kept[1], step, axis=2)
     at = Places(*(jax.lax.dynamic_slice_in_dim(leaf, step, 1, axis=2) for leaf in response))
-    mixed = attend(
-      query[:, :, None], at, Keys(key, value, response), Keys(cache[0], cache[1], prompt)
-    )
+    shared = Keys(cache.prompt_key, cache.prompt_value, prompt)
+    mixed = attend(query[:, :, None], at, Keys(key, value, response), shared)
     return mixed[:, :, 0], kept
 
 
 class Transformer(nn.Module):
-  """Embedding, scanned layers, final norm. The output projection is `unembed`'s business."""
+  """Embedding, scanned layers, final norm. Hidden states out: see `output_table` for logits."""
 
   config: TransformerConfig
 
@@ -321,7 +394,7 @@ class Transformer(nn.Module):
     response: Places | None = None,
     cache: Cache | None = None,
     step: Int[Array, ""] | None = None,
-  ):
+  ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
     """Hidden states after the final norm, and the keys and values of the tokens given.
 
     Args:
@@ -336,22 +409,26 @@ class Transformer(nn.Module):
       [B, T, D] in the compute dtype, and keys and values [L, ...], or None for a full forward.
     """
     c = self.config
+    if not c.vocab_size:
+      raise UserError(
+        "Decoder.vocab_size is 0: fill in the vocabulary's size, dataclasses.replace(decoder, "
+        "vocab_size=vocabulary.size)."
+      )
     table = self.param(
       "embedding",
-      nn.with_logical_partitioning(nn.initializers.normal(c.width**-0.5), ("vocab", "embed")),
+      named(nn.initializers.normal(c.width**-0.5), ("vocab", "embed")),
       (c.vocab_size, c.width),
       jnp.dtype(c.param_dtype),
     )
-    if not c.tie_embeddings:
-      self.param(
-        "unembedding", kernel(1.0, 0, ("embed", "vocab")), (c.width, c.vocab_size),
-        jnp.dtype(c.param_dtype),
-      )  # fmt: skip
+    if self.is_initializing() and not c.tie_embeddings:  # otherwise `output_table` reads it
+      shape = (c.width, c.vocab_size)
+      self.param("unembedding", kernel(("embed", "vocab")), shape, jnp.dtype(c.param_dtype))
     x = jnp.take(table, tokens, axis=0, mode="clip").astype(c.dtype)
     exact = jnp.promote_types(x.dtype, jnp.float32)
     exponent = jnp.arange(c.head_dim // 2, dtype=exact) / (c.head_dim // 2)
     frequency = c.rope_theta**-exponent
-    angle = position[:, :, None].astype(exact) * frequency[None, None]
+    angle = position[:, :, None, None].astype(exact) * frequency[None, None, None]
+    turn = Rotation(jnp.cos(angle), jnp.sin(angle))
     block = Layer
     if c.remat != "none":
       block = nn.remat(Layer, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
@@ -365,11 +442,13 @@ class Transformer(nn.Module):
       metadata_params={nn.PARTITION_NAME: "layers"},
       check_constancy_invariants=False,
     )(c, name="layers")
-    x, kept = layers(x, angle, prompt, response, cache, step)
-    return RMSNorm(c, name="final_norm")(x), kept
+    # Tokens lie on one axis inside: weight gradients of [B, T, D] operands cost twice as much on
+    # CPU, where XLA transposes the wider one.
+    x, kept = layers(x.reshape(-1, c.width), turn, prompt, response, cache, step)
+    return RMSNorm(c, name="final_norm")(x).reshape(*tokens.shape, c.width), kept
 
 
-def output_table(config: TransformerConfig, params) -> Float[Array, "D V"]:
+def output_table(config: TransformerConfig, params: dict[str, Any]) -> Float[Array, "D V"]:
   """The output projection, in the compute dtype."""
   table = params["embedding"].T if config.tie_embeddings else params["unembedding"]
   return table.astype(config.dtype)
