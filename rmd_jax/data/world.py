@@ -24,7 +24,7 @@ Policy = Callable[[Sequence[str], int, int], list[list[str]]]
 FACTS = 6  # stated in each report, as many of each importance
 VERSION = 1  # raise it when an example of an unchanged seed changes: run directories depend on it
 _CHUNK = 1024  # candidates drawn at once; part of what a seed means
-_MAX_WORDS = 23  # of a summary; with EOS it has 24 tokens, and prompt and summary at most 64
+_MAX_WORDS = 19  # of a summary: 20 tokens with EOS; prompt and summary have 49 together
 _MAX_SENTENCES = 5
 
 
@@ -81,17 +81,17 @@ class Oracle:
     """One summary's score with its reasons, for people to read.
 
     Returns:
-      {"score": float, "covered": ["vital bridge is closed", …], "missed": [… in the same form],
-      "false": ["sky is clear", …], "repeated": […], "misplaced": [words], "words": int}.
+      {"score": float, "covered": ["vital bridge closed", …], "missed": [… in the same form],
+      "false": ["sky clear", …], "repeated": […], "misplaced": [words], "words": int}.
     """
     reports, rows = world_words.numbers([prompt]), world_words.numbers([response])
     importance, covered, false, repeated = (part[0] for part in _judge(reports, rows))
     words = response.split()
     stated = {
-      f"{world_words.SUBJECTS[subject]} is {world_words.ALL_STATES[state]}": rank
+      f"{world_words.SUBJECTS[subject]} {world_words.ALL_STATES[state]}": rank
       for subject, state, rank in _stated(reports)[0]
     }
-    claimed = [" ".join(words[max(0, i - 1) : i + 2]) for i in range(len(words))]
+    claimed = [" ".join(words[max(0, i - 1) : i + 1]) for i in range(len(words))]
     seen = {claimed[i] for i in np.flatnonzero(covered)}
     ranked = sorted(stated, key=lambda fact: (stated[fact], fact))
     name = {fact: f"{world_words.IMPORTANCES[rank]} {fact}" for fact, rank in stated.items()}
@@ -217,13 +217,12 @@ class Writer:
     present = place < length[:, None]
     note, also = wordy & (place == 0), wordy & (place > 0)
     extra = np.cumsum(2 * note + also, axis=1)
-    fits = extra <= _MAX_WORDS - 4 * length[:, None]  # openers give way to facts
+    fits = extra <= _MAX_WORDS - 3 * length[:, None]  # openers give way to facts
     columns = (
       (note & fits, world_words.NOTE),
       (note & fits, world_words.THAT),
       (also & fits, world_words.ALSO),
       (True, world_words.FIRST_SUBJECT + state // per),
-      (True, world_words.IS),
       (True, world_words.FIRST_STATE + state),
       (True, world_words.STOP),
     )
@@ -394,7 +393,6 @@ def _prompts(count: int, *stream: object) -> list[str]:
   clauses = (
     world_words.FIRST_IMPORTANCE + ranks,
     world_words.FIRST_SUBJECT + subjects,
-    world_words.IS * one,
     world_words.FIRST_STATE + states,
     world_words.SEMICOLON * one,
   )

@@ -2,8 +2,11 @@
 
 A prompt states facts and how much each matters; a response is a summary:
 
-    report : vital bridge is closed ; minor sky is grey ; … ; summary :
-    note that bridge is closed . also sky is grey .
+    report : vital bridge closed ; minor sky grey ; … ; summary :
+    note that bridge closed . also sky grey .
+
+Headlines without a verb: a state follows its subject at once, which halves the steps that a small
+model needs to learn to look it up in the report.
 """
 
 from collections.abc import Sequence
@@ -39,33 +42,32 @@ STATES = {  # no state is shared: a state's word says which subject it is about
 IMPORTANCES = ("vital", "useful", "minor")
 SUBJECTS = tuple(STATES)
 ALL_STATES = tuple(state for states in STATES.values() for state in states)
-MARKS = ("report", "summary", ":", ";", ".", "is", "note", "that", "also")
+MARKS = ("report", "summary", ":", ";", ".", "note", "that", "also")
 WORDS = MARKS + IMPORTANCES + SUBJECTS + ALL_STATES
 STATES_PER_SUBJECT = len(ALL_STATES) // len(SUBJECTS)
 
 NOTHING, UNKNOWN = -1, -2  # padding; a word from outside the world
 NUMBERS = {word: number for number, word in enumerate(WORDS)}
-REPORT, SUMMARY, COLON, SEMICOLON, STOP, IS, NOTE, THAT, ALSO = range(len(MARKS))
+REPORT, SUMMARY, COLON, SEMICOLON, STOP, NOTE, THAT, ALSO = range(len(MARKS))
 FIRST_IMPORTANCE = NUMBERS[IMPORTANCES[0]]
 FIRST_SUBJECT = NUMBERS[SUBJECTS[0]]
 FIRST_STATE = NUMBERS[ALL_STATES[0]]
 
 # A summary's grammar as the word classes that may follow each other. Class 0 is a full stop or
 # the summary's beginning.
-_CLASSES = ("stop", "note", "that", "also", "subject", "is", "state", "other")
+_CLASSES = ("stop", "note", "that", "also", "subject", "state", "other")
 _FOLLOWS = {
   "stop": ("note", "also", "subject"),
   "note": ("that",),
   "that": ("subject",),
   "also": ("subject",),
-  "subject": ("is",),
-  "is": ("state",),
+  "subject": ("state",),
   "state": ("stop",),
   "other": (),
 }
 _ALLOWED = np.array([[after in _FOLLOWS[before] for after in _CLASSES] for before in _CLASSES])
 _CLASS = np.full(len(WORDS) + 1, _CLASSES.index("other"))  # the last entry: UNKNOWN
-for _word, _name in ((STOP, "stop"), (NOTE, "note"), (THAT, "that"), (ALSO, "also"), (IS, "is")):
+for _word, _name in ((STOP, "stop"), (NOTE, "note"), (THAT, "that"), (ALSO, "also")):
   _CLASS[_word] = _CLASSES.index(_name)
 _CLASS[FIRST_SUBJECT:FIRST_STATE] = _CLASSES.index("subject")
 _CLASS[FIRST_STATE : len(WORDS)] = _CLASSES.index("state")
@@ -87,21 +89,15 @@ def texts(rows: np.ndarray) -> list[str]:
 
 
 def claims(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Finds every "SUBJECT is STATE" in word numbers [M, L].
+  """Finds every "SUBJECT STATE" in word numbers [M, L].
 
   Returns:
-    (subject, state, before), each [M, L]: at the place of each "is" that joins a subject and a
-    state, the subject's and the state's index and the number of the word before the subject;
-    NOTHING elsewhere.
+    (subject, state, before), each [M, L]: at the place of each state that follows a subject,
+    the subject's and the state's index and the number of the word before them; NOTHING elsewhere.
   """
-  padded = np.pad(rows, ((0, 0), (2, 1)), constant_values=NOTHING)
-  before, subject, middle, state = (padded[:, i : i + rows.shape[1]] for i in range(4))
-  found = (
-    (middle == IS)
-    & (subject >= FIRST_SUBJECT)
-    & (subject < FIRST_STATE)
-    & (state >= FIRST_STATE)
-  )
+  padded = np.pad(rows, ((0, 0), (2, 0)), constant_values=NOTHING)
+  before, subject, state = (padded[:, i : i + rows.shape[1]] for i in range(3))
+  found = (subject >= FIRST_SUBJECT) & (subject < FIRST_STATE) & (state >= FIRST_STATE)
   return (
     np.where(found, subject - FIRST_SUBJECT, NOTHING),
     np.where(found, state - FIRST_STATE, NOTHING),
