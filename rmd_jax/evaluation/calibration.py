@@ -35,7 +35,8 @@ def reward_report(
     lengths: the responses' lengths in tokens.
     preference: probability that response 0 wins; None: it always does.
     weights: of the pairs; None: equal.
-    names: of the models; None: "all data" for row 0 and "member_0", … for the family.
+    names: of the models; None: "all data" before the family, and "member_i" for row i within it,
+      as metrics and stored scores number them.
     family_start: first row of the family, over which disagreement is taken; rows before it were
       trained on all the data. Ignored when it leaves no row.
     bins: of the reliability curve, of equal width on confidence 0.5 to 1.
@@ -220,7 +221,6 @@ def _checked(
 
 def _default_names(count: int, family_start: int) -> list[str]:
   """The all-data models first, then the family numbered as in `select/member_i`."""
-  if family_start >= count:
-    return [ALL_DATA if count == 1 else f"{ALL_DATA} {i}" for i in range(count)]
-  ahead = [ALL_DATA] if family_start == 1 else [f"{ALL_DATA} {i}" for i in range(family_start)]
-  return ahead + [f"member_{i}" for i in range(count - family_start)]
+  ahead = min(family_start, count)
+  before = [ALL_DATA] if ahead == 1 else [f"{ALL_DATA} {i}" for i in range(ahead)]
+  return before + [f"member_{i}" for i in range(ahead, count)]

@@ -65,20 +65,30 @@ def forest(value: Interval, low: float, high: float, style: str) -> str:
     span = f'<line class="span" x1="{x(value.low)}" x2="{x(value.high)}" y1="12" y2="12"/>'
   return (
     f'<svg class="forest" viewBox="0 0 {width:.0f} 24" style="{style}" aria-hidden="true">'
-    f'<line class="zero" x1="{x(0)}" x2="{x(0)}" y1="2" y2="22"/>{span}'
+    f'<line class="zero" x1="{x(0.0)}" x2="{x(0.0)}" y1="2" y2="22"/>{span}'
     f'<circle class="dot" cx="{x(value.mean)}" cy="{middle:.0f}" r="4.5"/></svg>'
   )
 
 
 def table(
-  head: Sequence[str], rows: Iterable[Sequence[str]], caption: str, *, name: str = ""
+  name: str,
+  head: Sequence[str],
+  rows: Iterable[Sequence[str]],
+  caption: str,
+  *,
+  narrow: bool = False,
 ) -> str:
-  """A table; heads and captions are HTML already, and so are cells, which bring their own <td>."""
+  """A table; heads and caption are HTML already, and so are cells, which bring their own <td>.
+
+  The caption stands before the table, which scrolls sideways where it is too wide; `name`
+  is unique on the page and ties the two together for screen readers.
+  """
   heads = "".join(f'<th scope="col">{title}</th>' for title in head)
   body = "".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-  attribute = f' class="{name}"' if name else ""
+  attribute = ' class="narrow"' if narrow else ""
   return (
-    f'<div class="scroll" tabindex="0"><table{attribute}><caption>{caption}</caption>'
+    f'<p class="caption" id="caption-{name}">{caption}</p><div class="scroll" tabindex="0">'
+    f'<table{attribute} aria-labelledby="caption-{name}">'
     f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
   )
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rmd_jax.report import plots_margins, plots_outcome, plots_training
 from rmd_jax.report.run_data import RunData
-from rmd_jax.report.style import THEMES, Theme
+from rmd_jax.report.style import THEMES, Drawing, Theme
 
-Draw = Callable[[RunData, Theme], "plots_outcome.Drawing | None"]
+Draw = Callable[[RunData, Theme], Drawing | None]
 
 FIGURES: dict[str, Draw] = {
   "outcome": plots_outcome.outcome,

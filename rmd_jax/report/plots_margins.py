@@ -1,20 +1,13 @@
 """Figures of what alignment did to probabilities and implicit margins."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rmd_jax.evaluation.statistics import correlation
 from rmd_jax.report.run_data import RunData, Series, label
-from rmd_jax.report.style import Theme, curve, dash, legend, limits, panels
+from rmd_jax.report.style import Axes, Drawing, Theme, curve, dash, legend, limits, panels
 from rmd_jax.report.tables import finite, number
-
-if TYPE_CHECKING:
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
-
-Drawing = tuple["Figure", str]
-"""A figure and the words that stand for it."""
 
 _SQUASH = 6.0  # one objective's margins this many times another's: a linear axis would hide one
 
@@ -211,7 +204,7 @@ def _reward_margin(run: RunData, quantile: float | None) -> float | None:
   return float(np.mean(values)) if values else None
 
 
-def _shared_y(axes: "Axes", implicit: list[np.ndarray]) -> tuple[float, float]:
+def _shared_y(axes: Axes, implicit: list[np.ndarray]) -> tuple[float, float]:
   """Limits of the shared y axis; symmetric-log where one objective's margins dwarf another's."""
   sizes = [float(np.quantile(np.abs(values), 0.99)) for values in implicit]
   low, high = limits(np.concatenate(implicit))

@@ -1,21 +1,14 @@
 """Figures of what came out: advantage and win rates, cost in divergence, lengths."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rmd_jax.evaluation.statistics import Interval
-from rmd_jax.report.run_data import RunData, label
-from rmd_jax.report.style import Theme, dash, limits, marker, panels
-from rmd_jax.report.tables import METRICS, number, with_interval
-
-if TYPE_CHECKING:
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
-
-Drawing = tuple["Figure", str]
-"""A figure and the words that stand for it."""
+from rmd_jax.report.run_data import Evaluation, RunData, label
+from rmd_jax.report.style import Axes, Drawing, Theme, dash, limits, marker, panels
+from rmd_jax.report.tables import METRICS, finite, number, with_interval
 
 
 def outcome(run: RunData, theme: Theme) -> Drawing | None:
@@ -43,9 +36,7 @@ def outcome(run: RunData, theme: Theme) -> Drawing | None:
   return figure, f"Bars with 95 % intervals. Advantage over the reference: {told}."
 
 
-def _bars(
-  axes: "Axes", run: RunData, theme: Theme, names: list[str], key: str, base: float
-) -> None:
+def _bars(axes: Axes, run: RunData, theme: Theme, names: list[str], key: str, base: float) -> None:
   axes.grid(axis="y", visible=False)
   axes.axvline(base, color=theme.soft, lw=1, zorder=1)
   edges = [base]
@@ -74,7 +65,7 @@ def _bars(
   axes.set_xlim(low - pad * (low < base), high + pad)
 
 
-def _interval_line(axes: "Axes", value: Interval, row: float, colour: str) -> None:
+def _interval_line(axes: Axes, value: Interval, row: float, colour: str) -> None:
   if math.isfinite(value.low) and math.isfinite(value.high):
     axes.plot([value.low, value.high], [row, row], color=colour, lw=2.6)
   axes.plot(value.mean, row, "o", color=colour, ms=6.5)
@@ -126,10 +117,9 @@ def lengths(run: RunData, theme: Theme) -> Drawing | None:
   """Histograms of lengths: the data's responses, then each policy's against the reference's."""
   drawn = []
   for name in run.objectives:
-    records = [r for e in run.evaluations(name) for r in e.samples]
     policy, reference = (
-      np.array([r[key] for r in records if isinstance(r.get(key), int | float)], float)
-      for key in ("length_policy", "length_reference")
+      np.concatenate([_sampled(e, side) for e in run.evaluations(name)] or [np.zeros(0)])
+      for side in ("policy", "reference")
     )
     if policy.size and reference.size:
       drawn.append((name, policy, reference))
@@ -174,6 +164,15 @@ def lengths(run: RunData, theme: Theme) -> Drawing | None:
     axis.legend()
   text = f" Mean tokens of policy (reference): {'; '.join(told)}." if told else ""
   return figure, f"Histograms of response lengths.{text}"
+
+
+def _sampled(evaluation: Evaluation, side: str) -> np.ndarray:
+  """Lengths of all samples of "policy" or "reference", else of those kept as texts."""
+  stored = evaluation.scores.get(f"{side}_length")
+  if stored is not None:
+    return finite(stored.ravel())
+  values = [record.get(f"length_{side}") for record in evaluation.samples]
+  return np.array([v for v in values if isinstance(v, int | float)], float)
 
 
 def _data_lengths(run: RunData) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from rmd_jax.report.plots_margins import series_of
 from rmd_jax.report.run_data import RunData, Series, label
 from rmd_jax.report.style import (
+  Axes,
+  Drawing,
   Theme,
   curve,
   dash,
@@ -19,13 +21,6 @@ from rmd_jax.report.style import (
   rolling,
 )
 from rmd_jax.report.tables import number
-
-if TYPE_CHECKING:
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
-
-Drawing = tuple["Figure", str]
-"""A figure and the words that stand for it."""
 
 _TITLES = {"sft": "SFT", "reward": "Reward models", "judge": "Judge"}
 _NUMBERED = re.compile(r"(.*?)(\d+)$")
@@ -71,7 +66,7 @@ def _lines(
   if members:
     held_out = any(evaluated for _, evaluated in members)
     return [
-      ("all data" if index == 0 else f"member_{index - 1}", held_out, index, series)
+      ("all data" if index == 0 else f"member_{index}", held_out, index, series)
       for (index, evaluated), series in sorted(members.items())
       if evaluated == held_out
     ]
@@ -149,7 +144,7 @@ def ensemble(run: RunData, theme: Theme) -> Drawing | None:
     middle.set_ylim(bottom=0)
     distances = _numbered(run, name, "ensemble/distance_")
     for index, (member, lines) in enumerate(distances.items()):
-      colour = theme.member(member + 1)
+      colour = theme.member(member)
       curve(right, lines, colour, style=dash(index), label=f"member_{member}", smooth=True)
     right.set_title("Distance to the members")
     right.set_ylabel("implicit − member's margin")
@@ -159,19 +154,19 @@ def ensemble(run: RunData, theme: Theme) -> Drawing | None:
   return figure, f"Selected members over training. Mean share, {'; '.join(told)}."
 
 
-def _draw_selected(axes: "Axes", selected: dict[int, list[Series]], theme: Theme) -> str:
+def _draw_selected(axes: Axes, selected: dict[int, list[Series]], theme: Theme) -> str:
   means = {member: mean_over_seeds(series) for member, series in selected.items()}
   steps = means[next(iter(means))][0]
   shares = np.stack(
     [
-      rolling(np.interp(steps, x, np.nan_to_num(y)), max(3, len(steps) // 25))
+      rolling(np.interp(steps, x, np.nan_to_num(y)), max(3, len(steps) // 12))
       for x, y in means.values()
     ]
   )
   axes.stackplot(
     steps,
     shares,
-    colors=[theme.member(member + 1) for member in means],
+    colors=[theme.member(member) for member in means],
     labels=[f"member_{member}" for member in means],
     lw=0,
     alpha=0.85,
@@ -236,7 +231,7 @@ def reward_models(run: RunData, theme: Theme) -> Drawing | None:
   return figure, f"Calibration of the reward models: {told}."
 
 
-def _draw_agreement(axes: "Axes", table: Any, names: list[str], theme: Theme) -> None:
+def _draw_agreement(axes: Axes, table: Any, names: list[str], theme: Theme) -> None:
   axes.set_title("Agreement of signs")
   axes.grid(visible=False)
   values = np.array(table, float) if table else np.zeros(0)

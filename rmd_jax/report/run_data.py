@@ -25,10 +25,12 @@ LABELS = {
 }
 """What METHOD's objectives are called in print; others go by their own name."""
 
-Series = tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]
+Series = tuple[Float[np.ndarray, " _"], Float[np.ndarray, " _"]]
 """Steps and values of one metric."""
 
 _PUT_ASIDE = re.compile(r"\.[0-9a-f]{16}$")  # results of other options, kept by the stages
+_SCORE_COLUMNS = ("policy", "reference", "policy_length", "reference_length")
+_WORDS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # in metrics.jsonl
 _MARGIN_COLUMNS = ("implicit", "length_difference", "chosen_log_ratio", "rejected_log_ratio")
 
 
@@ -39,11 +41,14 @@ class Evaluation:
   Attributes:
     values: evaluation.json.
     margins: the arrays of margins.npz that could be read, on the same M pairs.
+    scores: the arrays of scores.npz, each [prompts, samples]: "policy" and "reference" scores,
+      "policy_length" and "reference_length". Empty where the run kept none.
     samples: the records of samples.jsonl.
   """
 
   values: Mapping[str, Any]
   margins: Mapping[str, np.ndarray]
+  scores: Mapping[str, np.ndarray]
   samples: tuple[Mapping[str, Any], ...]
 
   def interval(self, name: str) -> Interval | None:
@@ -183,6 +188,8 @@ def read_metrics(path: Path) -> dict[str, Series]:
       for name, value in record.items():
         if name not in ("step", "time") and isinstance(value, int | float | None):
           columns.setdefault(name, {})[record["step"]] = _number(value)
+        elif isinstance(value, str) and value in _WORDS:
+          columns.setdefault(name, {})[record["step"]] = _WORDS[value]
   series = {}
   for name, points in columns.items():
     steps = np.array(sorted(points), float)
@@ -228,7 +235,10 @@ def _read_seed(folder: Path, objectives: list[str], root: Path, missing: list[st
     values = _read_json(place / "evaluation.json", root, missing)
     if values is not None:
       evaluations[name] = Evaluation(
-        values, _read_margins(place, root, missing), _read_samples(place, root, missing)
+        values,
+        _read_margins(place, root, missing),
+        _read_scores(place, root, missing),
+        _read_samples(place, root, missing),
       )
   return SeedRun(
     name=folder.name,
@@ -265,14 +275,8 @@ def _read_json(path: Path, root: Path, missing: list[str]) -> dict[str, Any] | N
 
 def _read_margins(folder: Path, root: Path, missing: list[str]) -> dict[str, np.ndarray]:
   path = folder / "margins.npz"
-  try:
-    with np.load(path, allow_pickle=False) as archive:
-      arrays = {name: np.asarray(archive[name], float) for name in archive.files}
-  except OSError:
-    missing.append(f"{path.relative_to(root)}: margins on held-out pairs")
-    return {}
-  except (ValueError, zipfile.BadZipFile) as error:
-    missing.append(f"{path.relative_to(root)}: not readable as NumPy arrays ({error})")
+  arrays = _read_arrays(path, root, missing, "margins on held-out pairs")
+  if arrays is None:
     return {}
   count = arrays["implicit"].shape[-1] if "implicit" in arrays else -1
   good = {name: arrays[name] for name in _MARGIN_COLUMNS if name in arrays}
@@ -283,6 +287,29 @@ def _read_margins(folder: Path, root: Path, missing: list[str]) -> dict[str, np.
     if name not in good:
       missing.append(f"{path.relative_to(root)}: '{name}' is absent or of another length")
   return good
+
+
+def _read_scores(folder: Path, root: Path, missing: list[str]) -> dict[str, np.ndarray]:
+  path = folder / "scores.npz"
+  arrays = _read_arrays(path, root, missing, "scores of every sample") or {}
+  good = {n: arrays[n] for n in _SCORE_COLUMNS if n in arrays and arrays[n].ndim == 2}
+  if len({array.shape for array in good.values()}) > 1:
+    missing.append(f"{path.relative_to(root)}: its arrays are of different shapes")
+    return {}
+  return good
+
+
+def _read_arrays(
+  path: Path, root: Path, missing: list[str], what: str
+) -> dict[str, np.ndarray] | None:
+  try:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+      return {name: np.asarray(archive[name], float) for name in archive.files}
+  except OSError:
+    missing.append(f"{path.relative_to(root)}: {what}")
+  except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    missing.append(f"{path.relative_to(root)}: not readable as an archive of numbers ({error})")
+  return None
 
 
 def _read_samples(folder: Path, root: Path, missing: list[str]) -> tuple[Mapping[str, Any], ...]:
@@ -304,7 +331,7 @@ def _read_samples(folder: Path, root: Path, missing: list[str]) -> tuple[Mapping
 
 def _seed_number(path: Path) -> float:
   digits = path.name.removeprefix("seed_")
-  return int(digits) if digits.isascii() and digits.isdigit() else math.inf
+  return float(digits) if digits.isascii() and digits.isdigit() else math.inf
 
 
 def _number(value: Any) -> float:

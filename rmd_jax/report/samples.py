@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rmd_jax.report.markup import colours, escape
-from rmd_jax.report.run_data import RunData, SeedRun, label
+from rmd_jax.report.markup import colours, details, escape
+from rmd_jax.report.run_data import RunData, judge_of, label
 from rmd_jax.report.tables import number
 
-_PROMPTS = 6  # shown
+_OPEN, _MORE = 3, 5  # prompts that are shown, and that open on a click
 _SHOWN = 3000  # characters of a text; a page must open whatever a policy has written
 
 Record = Mapping[str, Any]
@@ -24,14 +24,17 @@ def samples(run: RunData) -> str:
   ]
   if not shared:
     return '<p class="absent">The objectives have no prompt in common in samples.jsonl.</p>'
+  shown = shared[: _OPEN + _MORE]
+  blocks = [
+    _prompt(index + 1, prompt, {n: found[prompt] for n, found in answers.items()}, run)
+    for index, prompt in enumerate(shown)
+  ]
   intro = (
-    f"<p>The first {min(_PROMPTS, len(shared))} prompts of the file, not picked, from "
-    f"{escape(seed.name)}; scores by {escape(run.judge)}.</p>"
+    f"<p>The first {len(shown)} prompts of the file, not picked, from {escape(seed.name)}. Scores "
+    f"by {escape(judge_of(run))}; in brackets, the score less the reference's.</p>"
   )
-  return intro + "".join(
-    _prompt(index + 1, prompt, {n: found[prompt] for n, found in answers.items()}, run, seed)
-    for index, prompt in enumerate(shared[:_PROMPTS])
-  )
+  more = details(f"{len(blocks) - _OPEN} more prompts", "".join(blocks[_OPEN:]))
+  return intro + "".join(blocks[:_OPEN]) + (more if len(blocks) > _OPEN else "")
 
 
 def _by_prompt(records: tuple[Record, ...]) -> dict[str, Record]:
@@ -41,9 +44,7 @@ def _by_prompt(records: tuple[Record, ...]) -> dict[str, Record]:
   return found
 
 
-def _prompt(
-  index: int, prompt: str, answers: Mapping[str, Record], run: RunData, seed: SeedRun
-) -> str:
+def _prompt(index: int, prompt: str, answers: Mapping[str, Record], run: RunData) -> str:
   first = next(iter(answers.values()))
   cards = [
     _card(
@@ -82,17 +83,20 @@ def _prompt(
 
 def _card(title: str, style: str, text: Any, reward: Any, length: Any, *, over: Any = None) -> str:
   facts = []
-  if isinstance(reward, int | float):
-    facts.append(f"score {number(float(reward))}")
-    if isinstance(over, int | float):
-      facts.append(f"{number(float(reward) - float(over), 'signed')} over the reference")
-  if isinstance(length, int | float):
+  if _is_number(reward):
+    gain = f" ({number(float(reward) - float(over), 'signed')})" if _is_number(over) else ""
+    facts.append(f"score {number(float(reward))}{gain}")
+  if _is_number(length):
     facts.append(f"{length:g} tokens")
   score = f'<p class="score">{escape(" · ".join(facts))}</p>' if facts else ""
   return (
     f'<article class="text-card" style="{style}"><h4>{escape(title)}</h4>{score}'
     f'<p class="words" dir="auto" tabindex="0">{_text(text)}</p></article>'
   )
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float)
 
 
 def _text(value: Any) -> str:

@@ -20,7 +20,7 @@ from rmd_jax.report.markup import (
   table,
 )
 from rmd_jax.report.plots import Plot
-from rmd_jax.report.run_data import RunData, label
+from rmd_jax.report.run_data import RunData, judge_of, label
 from rmd_jax.report.samples import samples
 from rmd_jax.report.tables import METRICS, Metric, baseline_of, compare, number
 
@@ -41,6 +41,7 @@ _FURTHER = (
   "implicit_accuracy",
   "kl_forward",
   "length_reference",
+  "finished",
 )
 
 Plots = Mapping[str, Plot]
@@ -138,10 +139,10 @@ def _headline(run: RunData) -> str:
   count = next((f" on {n} prompts" for n in prompts if len(prompts) == 1 and n), "")
   seeds = f", mean over {len(run.seeds)} seeds" if len(run.seeds) > 1 else ""
   caption = (
-    f"Each policy against the SFT reference, scored by {escape(run.judge)}{count}{seeds}; "
+    f"Each policy against the SFT reference, scored by {escape(judge_of(run))}{count}{seeds}; "
     "ranges are 95 % bootstrap intervals."
   )
-  return table(head, rows, caption)
+  return table("headline", head, rows, caption)
 
 
 def _title(metric: Metric) -> str:
@@ -157,7 +158,7 @@ def _metric_table(run: RunData, names: Iterable[str], caption: str) -> str:
     ]
     for objective in run.objectives
   ]
-  return table(["Objective", *(_title(m) for m in metrics)], rows, caption)
+  return table("further", ["Objective", *(_title(m) for m in metrics)], rows, caption)
 
 
 def _meanings(names: Iterable[str]) -> str:
@@ -179,7 +180,7 @@ def _single_seeds(run: RunData) -> str:
           ]
         )
   heads = ["Objective", "Seed", *(_title(m) for m in metrics)]
-  return table(heads, rows, "Intervals of a single seed resample its prompts only.")
+  return table("seeds", heads, rows, "Intervals of a single seed resample its prompts only.")
 
 
 def _paired(run: RunData) -> str:
@@ -204,11 +205,11 @@ def _paired(run: RunData) -> str:
   ]
   caption = (
     f"Score of each objective's samples less that of {escape(label(baseline))}'s on the same "
-    "prompts: what makes a prompt easy or hard cancels, so this is sharper than the table above. "
-    "Over the samples kept in samples.jsonl."
+    "prompts: what makes a prompt easy or hard cancels, so this is sharper than the table above."
   )
   heads = ["Objective", "<span aria-hidden='true'>against 0</span>", "Difference", "", "Prompts"]
-  return f"<h3>Prompt by prompt against {escape(label(baseline))}</h3>{table(heads, rows, caption)}"
+  listing = table("paired", heads, rows, caption)
+  return f"<h3>Prompt by prompt against {escape(label(baseline))}</h3>{listing}"
 
 
 def _verdict(difference: Interval, baseline: str) -> str:
@@ -246,8 +247,8 @@ def margins(plots: Plots) -> str:
     )
     + figure(
       plots.get("margin_scatter"),
-      "One dot a held-out pair; panels share their axes; dots outside are drawn at the edge. On the "
-      "dashed line the implicit margin equals that of the reward model trained on all the data.",
+      "One dot a held-out pair; panels share their axes; dots outside are drawn at the edge. On "
+      "the dashed line the implicit margin is that of the reward model trained on all the data.",
       absent="no evaluation has a margins.npz with implicit and reward margins",
     )
     + figure(
@@ -266,8 +267,8 @@ def ensemble(run: RunData, plots: Plots) -> str:
     text = " Means over seeds; a member's subset differs from seed to seed."
   return figure(
     plots.get("ensemble"),
-    "Left: the weight that each reward model had in the loss (smoothed over steps). Middle: how far "
-    "the members' margins differ. Right: how far the implicit margins are from each member's."
+    "Left: the weight that each reward model had in the loss (smoothed over steps). Middle: how "
+    "far the members' margins differ. Right: how far the implicit margins are from each member's."
     + text,
     absent="no objective logged select/member_i of more than one member",
   )
@@ -301,7 +302,7 @@ def reward_models(run: RunData, plots: Plots) -> str:
   if math.isfinite(spread):
     caption += f" Mean variance of Δr over the family: {number(spread)}."
   heads = ["Model", "Accuracy", "NLL (nats)", "ECE"]
-  return shown + table(heads, rows, caption, name="narrow")
+  return shown + table("models", heads, rows, caption, narrow=True)
 
 
 def lengths(plots: Plots) -> str:
@@ -310,7 +311,7 @@ def lengths(plots: Plots) -> str:
     plots.get("lengths"),
     "Filled: the policy's samples; outline: the reference's on the same prompts; upright lines: "
     "means (the reference's dashed).",
-    absent="neither samples.jsonl nor data/summary.json holds lengths",
+    absent="neither scores.npz, samples.jsonl nor data/summary.json holds lengths",
   )
 
 
@@ -339,16 +340,13 @@ def data(run: RunData) -> str:
       continue
     if name == "longer_wins" and isinstance(value, int | float):
       pairs.append(("longer response wins", f"{100 * value:.1f} % of pairs"))
-    elif not _is_histogram(value):
+    elif value not in ({}, [], None) and not _is_histogram(value):
       pairs.append((name.replace("_", " "), _plain(value)))
   left_out = summary.get("left_out")
   text = facts(pairs)
   if isinstance(left_out, list):
-    text += (
-      f"<p>{len(left_out)} records were left out.</p>"
-      if left_out
-      else "<p>Nothing was left out.</p>"
-    )
+    count = f"{len(left_out)} records were" if left_out else "Nothing was"
+    text += f"<p>{count} left out.</p>"
     if left_out:
       lines = "\n".join(str(line) for line in left_out[:200])
       text += details("What was left out", f"<pre>{escape(lines)}</pre>")
@@ -383,9 +381,8 @@ def provenance(run: RunData) -> str:
   text = facts(pairs)
   stages = [s for s in info.get("stages") or [] if isinstance(s, Mapping)]
   if stages:
-    total = sum(
-      _float(s.get("seconds")) for s in stages if not math.isnan(_float(s.get("seconds")))
-    )
+    times = [_float(s.get("seconds")) for s in stages]
+    total = sum(t for t in times if math.isfinite(t))
     rows = [
       [
         row_head(escape(s.get("name", "–"))),
@@ -398,7 +395,7 @@ def provenance(run: RunData) -> str:
     ]
     heads = ["Stage", "Seed", "Seconds", "This time", "Key"]
     caption = f"{len(stages)} stages, {number(total)} seconds of work in all."
-    listing = table(heads, rows, caption, name="narrow")
+    listing = table("stages", heads, rows, caption, narrow=True)
     text += details(f"Stages, times and keys ({len(stages)})", listing)
   if run.config is not None:
     text += details("Operative configuration", f"<pre>{escape(run.config)}</pre>")

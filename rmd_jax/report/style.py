@@ -9,8 +9,13 @@ import numpy as np
 from rmd_jax.report.run_data import Series
 
 if TYPE_CHECKING:
-  from matplotlib.axes import Axes
-  from matplotlib.figure import Figure
+  from matplotlib.axes import Axes as Axes
+  from matplotlib.figure import Figure as Figure
+else:  # importing matplotlib takes a second that only a report should cost
+  Axes = Figure = Any
+
+Drawing = tuple[Figure, str]
+"""A figure and the words that stand for it."""
 
 WIDTH = 10.0  # inches, of every figure, so that text has one size down the page
 DPI = 144
@@ -134,7 +139,7 @@ def marker(index: int) -> str:
 
 def panels(
   count: int, *, columns: int, height: float, sharex: bool = False, sharey: bool = False
-) -> tuple["Figure", list["Axes"]]:
+) -> tuple[Figure, list[Axes]]:
   """A figure of `count` panels in rows of `columns`, each row `height` inches high.
 
   A short last row is left-aligned and its free places are empty; shared axes keep their labels on
@@ -159,7 +164,7 @@ def panels(
 
 
 def curve(
-  axes: "Axes",
+  axes: Axes,
   series: Sequence[Series],
   colour: str,
   *,
@@ -220,7 +225,7 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return x[keep], y[keep]
 
 
-def legend(axes: "Axes", **options: Any) -> None:
+def legend(axes: Axes, **options: Any) -> None:
   """A legend where there is anything to name."""
   if axes.get_legend_handles_labels()[0]:
     axes.legend(**options)

@@ -33,8 +33,8 @@ nav ol { display: flex; gap: .2rem; list-style: none; margin: 0; padding: .4rem 
 nav a { display: block; padding: .25rem .7rem; border-radius: 99px; white-space: nowrap;
   text-decoration: none; font-size: .9rem; color: var(--soft); }
 nav a:hover, nav a:focus-visible { background: var(--tint); color: var(--accent); }
-@media (min-width: 76rem) {
-  .frame { max-width: 88rem; display: grid; grid-template-columns: 12rem minmax(0, 1fr);
+@media (min-width: 88rem) {
+  .frame { max-width: 92rem; display: grid; grid-template-columns: 12rem minmax(0, 1fr);
     column-gap: 2.5rem; }
   header { grid-column: 1 / -1; }
   nav { align-self: start; top: 1rem; border: 0; }
@@ -54,7 +54,7 @@ section > p { max-width: 48rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
   font-size: .93rem; }
-caption { text-align: left; color: var(--soft); padding: .2rem 0 .6rem; }
+.caption { color: var(--soft); font-size: .93rem; margin: .4rem 0 .5rem; max-width: 62rem; }
 th, td { padding: .45rem .55rem; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; font-size: .82rem; vertical-align: bottom;
@@ -66,6 +66,7 @@ tbody tr:hover > * { background: var(--tint); }
 td.text { white-space: normal; overflow-wrap: anywhere; }
 small, .range { color: var(--soft); font-size: .82em; display: block; }
 td.best { font-weight: 700; }
+.range { font-weight: 400; }
 .key { display: inline-block; width: .75rem; height: .75rem; border-radius: 3px;
   margin-right: .5rem; vertical-align: -.05rem; background: var(--light); }
 @media (prefers-color-scheme: dark) { .key { background: var(--dark); } }

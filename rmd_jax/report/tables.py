@@ -182,6 +182,12 @@ METRICS = {
   "length_reference": Metric(
     "Reference length", "mean tokens of the reference's samples", _value("length_reference")
   ),
+  "finished": Metric(
+    "Finished",
+    "share of the policy's samples that ended before the greatest length",
+    _value("finished_policy"),
+    "percent",
+  ),
   "far_below": Metric(
     "Chosen < 1/10",
     "share of preferred responses that became more than ten times less likely than under the "
@@ -215,13 +221,10 @@ def compare(run: RunData, objective: str, baseline: str) -> Comparison | None:
   differences, groups = [], []
   for seed in run.seeds:
     if objective in seed.evaluations and baseline in seed.evaluations:
-      first = scores_by_prompt(seed.evaluations[objective].samples)
-      second = scores_by_prompt(seed.evaluations[baseline].samples)
-      shared = [key for key in first if key in second]
-      if shared:
-        differences.append(np.array([first[key] - second[key] for key in shared]))
-        ids: dict[str, int] = {}
-        groups.append(np.array([ids.setdefault(key[0], len(ids)) for key in shared]))
+      found = _differences(seed.evaluations[objective], seed.evaluations[baseline])
+      if found is not None:
+        differences.append(found[0])
+        groups.append(found[1])
   if not differences:
     return None
   return Comparison(
@@ -233,7 +236,26 @@ def compare(run: RunData, objective: str, baseline: str) -> Comparison | None:
   )
 
 
-def scores_by_prompt(samples: Sequence[Any]) -> dict[tuple[str, int], float]:
+def _differences(first: Evaluation, second: Evaluation) -> tuple[np.ndarray, np.ndarray] | None:
+  """Score differences and the prompts they belong to, from scores.npz or else samples.jsonl."""
+  a, b = first.scores, second.scores
+  same = {"policy", "reference"} <= a.keys() & b.keys() and a["policy"].shape == b["policy"].shape
+  # Rows are the same prompts only where the reference, sampled once, has the same scores.
+  if same and np.array_equal(a["reference"], b["reference"]):
+    values = a["policy"] - b["policy"]
+    prompts = np.broadcast_to(np.arange(len(values))[:, None], values.shape)
+    good = np.isfinite(values)
+    return (values[good], prompts[good]) if good.any() else None
+  mine, theirs = _scores_by_prompt(first.samples), _scores_by_prompt(second.samples)
+  shared = [key for key in mine if key in theirs]
+  if not shared:
+    return None
+  ids: dict[str, int] = {}
+  prompts = np.array([ids.setdefault(prompt, len(ids)) for prompt, _ in shared])
+  return np.array([mine[key] - theirs[key] for key in shared]), prompts
+
+
+def _scores_by_prompt(samples: Sequence[Any]) -> dict[tuple[str, int], float]:
   """Scores of the policy's samples by (prompt, how many samples of it came before)."""
   seen: Counter[str] = Counter()
   scores = {}

@@ -2,10 +2,20 @@ import itertools
 import json
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 
 from rmd_jax.evaluation import calibration as c
+
+
+@pytest.fixture
+def without_hook():
+  """Users call without the shape-checking hook of the tests: errors must not depend on it."""
+  before = jaxtyping.config.jaxtyping_disable
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def pairs(models, count, seed, scale=1.5):
@@ -119,7 +129,7 @@ def test_the_report_is_json_and_names_the_family():
   rewards, first = pairs(4, 30, seed=7)
   report = c.reward_report(rewards, np.ones((30, 2)), preference=first)
   assert json.loads(json.dumps(report, allow_nan=False)) == report
-  assert [m["name"] for m in report["members"]] == ["all data", "member_0", "member_1", "member_2"]
+  assert [m["name"] for m in report["members"]] == ["all data", "member_1", "member_2", "member_3"]
   family = rewards[1:, :, 0] - rewards[1:, :, 1]
   assert report["disagreement_mean"] == pytest.approx(family.var(0).mean())
   alone = c.reward_report(rewards[:1], np.ones((30, 2)))

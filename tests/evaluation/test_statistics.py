@@ -1,10 +1,20 @@
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 from scipy import optimize, stats
 
 from rmd_jax.evaluation import statistics as s
+
+
+@pytest.fixture
+def without_hook():
+  """Users call without the shape-checking hook of the tests: errors must not depend on it."""
+  before = jaxtyping.config.jaxtyping_disable
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():

@@ -5,7 +5,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 OBJECTIVES = ("dpo", "ipo", "distill", "pessimistic_dpo", "pessimistic_distill", "ensemble")
 MEMBERS = 4
@@ -153,8 +152,8 @@ def _write_objective(folder, name, seed, generator, steps, lengths, reward) -> N
     }
     if name == "ensemble":
       picked = generator.integers(MEMBERS) if step < steps / 2 else (step // 9) % 2
-      metrics |= {f"select/member_{k}": float(k == picked) for k in range(MEMBERS)}
-      metrics |= {f"ensemble/distance_{k}": 2 + k / 2 - done for k in range(MEMBERS)}
+      metrics |= {f"select/member_{1 + k}": float(k == picked) for k in range(MEMBERS)}
+      metrics |= {f"ensemble/distance_{1 + k}": 2 + k / 2 - done for k in range(MEMBERS)}
     records.append({"step": step, "time": 1.7e9 + step} | metrics)
     if step % (steps // 8) == 0:
       evaluated = {f"eval/{key}": value for key, value in metrics.items()}
@@ -178,7 +177,16 @@ def _write_objective(folder, name, seed, generator, steps, lengths, reward) -> N
   reference = shared.normal(2.0, 1.0, 60)
   gain = advantage + 0.05 * seed + shared.normal(0, 0.6, 60) + 0.3 * generator.normal(size=60)
   samples = []
-  for i in range(60):
+  shape = (60, 4)
+  spread = np.random.default_rng(300 + seed).normal(0, 0.4, shape)
+  np.savez(
+    place / "scores.npz",
+    policy=(reference + gain)[:, None] + spread + 0.2 * generator.normal(size=shape),
+    reference=reference[:, None] + spread,
+    policy_length=np.random.default_rng(200 + seed).poisson(18 + length, shape),
+    reference_length=np.random.default_rng(200 + seed).poisson(18, shape),
+  )
+  for i in range(12):
     reference_length = int(shared.integers(12, 24))
     text = " ".join(generator.choice(WORDS, max(3, int(reference_length + length))))
     samples.append(
@@ -216,6 +224,7 @@ def _write_objective(folder, name, seed, generator, steps, lengths, reward) -> N
         "high": won - length / 60 + 0.08,
         "extrapolates": name == "dpo",
       },
+      "finished_policy": 0.98,
       "reward_policy": 2.0 + float(gain.mean()),
       "reward_reference": 2.0,
       "length_policy": 18.0 + length,
@@ -236,7 +245,7 @@ def _write_reward(folder: Path, generator) -> None:
     accuracy = np.clip(confidence - 0.03 * k + 0.02 * generator.normal(size=8), 0, 1)
     members.append(
       {
-        "name": "all data" if k == 0 else f"member_{k - 1}",
+        "name": "all data" if k == 0 else f"member_{k}",
         "accuracy": 0.82 - 0.02 * k,
         "nll": 0.42 + 0.02 * k,
         "ece": 0.02 + 0.015 * k,
@@ -257,8 +266,3 @@ def _write_reward(folder: Path, generator) -> None:
     folder / "evaluate" / "reward.json",
     {"members": members, "agreement": table.tolist(), "disagreement_mean": 1.3, "pairs": 300},
   )
-
-
-@pytest.fixture(scope="session")
-def fake_run(tmp_path_factory) -> Path:
-  return write_run(tmp_path_factory.mktemp("fake") / "run")
