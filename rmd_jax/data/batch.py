@@ -51,7 +51,7 @@ class Batch:
     response_mask: True on the tokens whose log-probability counts.
     weight: example weight; 0 marks a row that only fills the batch.
     index: the example's row in its data set, -1 in a row that fills the batch.
-    preference: probability that response 0 beats response 1 (pairs), else None.
+    preference: probability that response 0 beats response 1 (pairs); None: it does for certain.
     ranks: 0 is best; read only where `response_length > 0`.
     ratings: a number a response, on one scale.
     member_weight: weight of each example for each ensemble member.

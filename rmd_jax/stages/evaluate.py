@@ -9,7 +9,7 @@ import dataclasses
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
   from rmd_jax.stages.run import Run
 
 
+@runtime_checkable
 class Judging(Protocol):
   """What gives a score to sampled responses."""
 
@@ -333,9 +334,8 @@ def ends(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
   elif dataset.ratings is not None:
     order = np.where(dataset.mask, dataset.ratings, np.nan)
   else:
-    assert dataset.preference is not None
-    order = np.stack([dataset.preference, 1 - dataset.preference], -1)
-    order[:, 0] += 1e-9  # an undecided pair keeps its order
+    first = preferences(dataset)
+    order = np.stack([first + 1e-9, 1 - first], -1)  # an undecided pair keeps its order
   return np.nanargmax(order, 1), np.nanargmin(order, 1)
 
 
@@ -343,8 +343,15 @@ def certainty(dataset: Dataset) -> np.ndarray:
   """[M] probability that the best response beats the worst."""
   if dataset.ranks is not None or dataset.ratings is not None:
     return np.ones(len(dataset))
-  assert dataset.preference is not None
-  return np.maximum(dataset.preference, 1 - dataset.preference).astype(float)
+  first = preferences(dataset)
+  return np.maximum(first, 1 - first)
+
+
+def preferences(dataset: Dataset) -> np.ndarray:
+  """[M] probability that the first of a pair wins."""
+  if dataset.preference is None:
+    return np.ones(len(dataset))
+  return dataset.preference.astype(float)
 
 
 def interval(values: Any) -> dict[str, float]:

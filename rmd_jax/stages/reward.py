@@ -107,9 +107,10 @@ def agreement(rewards: Float[Array, "B N"], batch: Batch) -> Float[Array, " B"]:
     better = -batch.ranks.astype(rewards.dtype)
   elif batch.ratings is not None:
     better = batch.ratings
-  else:
-    assert batch.preference is not None  # pairs without ranks and ratings have it
+  elif batch.preference is not None:
     better = jnp.stack([batch.preference, 1 - batch.preference], -1)
+  else:
+    better = jnp.broadcast_to(jnp.array([[1.0, 0.0]], rewards.dtype), rewards.shape)
   order = jnp.sign(better[:, :, None] - better[:, None, :])
   predicted = jnp.sign(rewards[:, :, None] - rewards[:, None, :])
   compared = batch.mask[:, :, None] & batch.mask[:, None, :] & (order != 0)
