@@ -26,6 +26,8 @@ PUBLIC = {
   "SeqioSource": "rmd_jax.data.readers:SeqioSource",
   "TfdsSource": "rmd_jax.data.readers:TfdsSource",
   "WorldSource": "rmd_jax.data.world:WorldSource",
+  "Oracle": "rmd_jax.data.world:Oracle",
+  "Writer": "rmd_jax.data.world:Writer",
   "Splits": "rmd_jax.data.splits:Splits",
   "AllData": "rmd_jax.data.subsets:AllData",
   "BiasedSubsets": "rmd_jax.data.subsets:BiasedSubsets",
@@ -37,6 +39,7 @@ PUBLIC = {
   # Models and training.
   "Decoder": "rmd_jax.models.decoder:Decoder",
   "MeshConfig": "rmd_jax.training.partitioning:MeshConfig",
+  "Rules": "rmd_jax.training.partitioning:Rules",
   "Training": "rmd_jax.training.settings:Training",
   "AdamW": "rmd_jax.training.optimisers:AdamW",
   "Adafactor": "rmd_jax.training.optimisers:Adafactor",

@@ -240,9 +240,10 @@ class Planner:
     if reference.evaluate:
       for name, parameter in public.parameters.items():
         if parameter.required and name not in given:
+          key = Key(scope, public.name, name)
           self.faults.append(
-            f"{at}: {reference} needs {public.name}.{name}, which nothing binds: "
-            f"--gin.{public.name}.{name}=VALUE, or in a gin file"
+            f"{at}: {reference} needs {name}, which nothing sets: --gin.{key}=VALUE, or "
+            f"{key} = VALUE in a gin file"
           )
     call = Call(public, reference, arguments, at)
     self._calls[index] = call

@@ -38,7 +38,12 @@ def refusal(*args, **kwargs) -> str:
     ("A = %B\nB = %A\nRun.seeds = %A", 4, "%A refers to itself"),
     ("SEEDS = %gin.REQUIRED\nRun.seeds = %SEEDS", 3, "SEEDS must be set: --gin.SEEDS=VALUE"),
     ("Run.seeds = %gin.REQUIRED", 3, "Run.seeds must be set: --gin.Run.seeds=VALUE"),
-    ("Align.objective = @IPO()", 3, "@IPO() needs IPO.tau, which nothing binds: --gin.IPO.tau="),
+    ("Align.objective = @a/IPO()", 3, "@a/IPO() needs tau, which nothing sets: --gin.a/IPO.tau="),
+    (
+      "Align.objective = @IPO()",
+      3,
+      "@IPO() needs tau, which nothing sets: --gin.IPO.tau=VALUE, or",
+    ),
     # one file, one binding
     (
       "Run.seeds = [1]\n\nRun.seeds = [2]",
@@ -125,7 +130,7 @@ def test_all_faults_are_told_at_once(write):
 
 def test_root_without_what_it_needs(write):
   write("Run.source = @World()", pipeline=False)
-  assert "@Run() needs Run.align" in refusal(["run.gin"])
+  assert "@Run() needs align, which nothing sets: --gin.Run.align=VALUE" in refusal(["run.gin"])
 
 
 @pytest.mark.parametrize(
