@@ -103,13 +103,6 @@ class PreferenceData:
           "fingerprint(), such as FileSource"
         )
 
-  def for_seed(self, seed: int) -> "PreferenceData":
-    """The data of a run's seed: a source that is drawn (it has a `seed`) draws anew, files stay."""
-    if seed == 0 or not hasattr(self.source, "seed"):
-      return self
-    source = dataclasses.replace(self.source, seed=self.source.seed + seed)
-    return dataclasses.replace(self, source=source)
-
   def key(self) -> str:
     """Hash of everything that decides what `prepare` returns: contents, never paths."""
     demonstrations = self.demonstrations.fingerprint() if self.demonstrations is not None else ""
@@ -194,10 +187,11 @@ class PreferenceData:
   ) -> tuple[dict[str, Dataset], list[Problem]]:
     if self.demonstrations is not None:
       items = self.demonstrations.records()
-    elif hasattr(self.source, "demonstrations"):
-      items = self.source.demonstrations()
     else:
-      return {name: first_responses(splits[name]) for name in PARTS[:2]}, []
+      own = getattr(self.source, "demonstrations", list)
+      items = list(own())
+      if not items:
+        return {name: first_responses(splits[name]) for name in PARTS[:2]}, []
     records, problems = read(
       items,
       max_bad_fraction=self.max_bad_fraction,

@@ -17,7 +17,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +28,7 @@ from rmd_jax.data.schema import Location, Problem
 from rmd_jax.data.text import excerpt
 from rmd_jax.errors import UserError
 
-Item = tuple[Location, dict[str, Any]] | dict[str, Any] | Problem
+Item = tuple[tuple[str, int], Mapping[str, Any]] | Mapping[str, Any] | Problem
 
 BOM = b"\xef\xbb\xbf"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -64,12 +64,14 @@ def fingerprint_records(items: Iterable[Item]) -> str:
   return digest.hexdigest()[:32]
 
 
-def located(item: tuple[Any, dict[str, Any]] | dict[str, Any], name: str, number: int) -> Any:
+def located(
+  item: tuple[tuple[str, int], Mapping[str, Any]] | Mapping[str, Any], name: str, number: int
+) -> tuple[Location, Mapping[str, Any]]:
   """(Location, raw record) of an item; `name` and `number` stand in for a location it lacks."""
   if isinstance(item, Mapping):
     return Location(name, number), item
   (file, line), raw = item
-  return Location(str(file), int(line)), raw
+  return Location(file, line), raw
 
 
 def _plain(value: Any) -> Any:
@@ -90,7 +92,7 @@ class FileSource:
     files: a path or paths; the text in them is UTF-8.
   """
 
-  files: str | tuple[str, ...]
+  files: str | Sequence[str]
 
   def __post_init__(self) -> None:
     files = (self.files,) if isinstance(self.files, (str, os.PathLike)) else tuple(self.files)
@@ -265,7 +267,7 @@ class TfdsSource:
 
   name: str
   split: str
-  fields: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+  fields: Mapping[str, str] | Sequence[tuple[str, str]] = ()
   data_dir: str | None = None
 
   def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def check(
 
 
 def _unknown_fields(
-  raw: dict[str, Any], known: frozenset[str], warned: set[str], location: Location
+  raw: Mapping[str, Any], known: frozenset[str], warned: set[str], location: Location
 ) -> Iterator[Problem]:
   fields = set(raw) - known
   for name in ("prompt", "chosen", "rejected"):

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -43,7 +43,7 @@ class Vocabulary(Protocol):
   def encode(self, text: str) -> list[int]:
     """Token ids, without BOS and EOS."""
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Text of the ids; special ids give nothing."""
 
   def fingerprint(self) -> str:
@@ -86,7 +86,7 @@ class ByteVocabulary:
     """`encode` of each text."""
     return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32) + 3 for text in texts]
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Text; bytes that are no UTF-8 (a model wrote them) show as U+FFFD."""
     kept = (int(i) - 3 for i in ids)
     return bytes(byte for byte in kept if 0 <= byte < 256).decode("utf-8", "replace")
@@ -139,7 +139,7 @@ class WordVocabulary:
         "use another vocabulary, or mend the text"
       ) from None
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Words with a space between; special ids and ids beyond the vocabulary give nothing."""
     kept = (int(i) - 3 for i in ids)
     return " ".join(self.words[i] for i in kept if 0 <= i < len(self.words))
@@ -211,7 +211,7 @@ class SentencePieceVocabulary:
     """`encode` of each text."""
     return [np.asarray(ids, np.int32) for ids in self._processor.encode(list(texts))]
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """Text; special ids and ids beyond the model give nothing."""
     processor = self._processor
     kept = (int(i) for i in ids)
@@ -263,7 +263,7 @@ def train_sentencepiece(
     reason = str(error).splitlines()[-1]
     raise UserError(
       f"vocabulary: SentencePiece cannot learn {size} pieces from {len(lines)} lines: {reason}\n"
-      "Lower the size (at least 300, for bytes and special ids), or use ByteVocabulary."
+      "Lower the size (the 256 bytes and 5 special pieces are always in), or use ByteVocabulary."
     ) from error
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   Path(path).write_bytes(model.getvalue())
@@ -350,7 +350,7 @@ class SeqioVocabulary:
     """seqio's ids, without EOS."""
     return list(self.vocabulary.encode(text))
 
-  def decode(self, ids: Iterable[int]) -> str:
+  def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """seqio's text of the ids that are not special."""
     special = {self.pad_id, self.eos_id, self.bos_id}
     return self.vocabulary.decode([int(i) for i in ids if int(i) not in special])
