@@ -9,7 +9,7 @@ Source: Fisch et al., arXiv 2405.19316, the TL;DR experiment.
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from rmd_jax.data.batch import Dataset
 from rmd_jax.errors import UserError
 
 
+@runtime_checkable
 class Subsets(Protocol):
   """How the members of a family share the data."""
 
@@ -46,7 +47,7 @@ class BootstrapSubsets:
     # 1 - 1e-19 and 1 are one float64: the table's end is never reached.
     table = np.cumsum([math.exp(-1) / math.factorial(n) for n in range(20)])
     chance = np.stack([hashing.uniform(ids, "bootstrap", seed, k) for k in range(members)])
-    return _checked(np.searchsorted(table, chance, side="right"), self)
+    return _checked(np.searchsorted(table, chance, side="right"), "BootstrapSubsets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class DisjointSubsets:
     """One 1 a column."""
     ids = hashing.hash_ids(dataset.ids)
     owner = hashing.mix(ids, "disjoint", seed) % np.uint64(members)
-    return _checked(owner == np.arange(members, dtype=np.uint64)[:, None], self)
+    return _checked(owner == np.arange(members, dtype=np.uint64)[:, None], "DisjointSubsets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class BiasedSubsets:
         _kept(wins, target, hashing.uniform(ids, "biased", seed, k))
         for k, target in enumerate(self.targets)
       ]),
-      self,
+      "BiasedSubsets",
     )
 
 
@@ -176,11 +177,11 @@ def _kept(wins: np.ndarray, target: float, chance: np.ndarray) -> np.ndarray:
   return chance < keep
 
 
-def _checked(weights: np.ndarray, subsets: Subsets) -> np.ndarray:
+def _checked(weights: np.ndarray, kind: str) -> np.ndarray:
   empty = np.flatnonzero(~(weights > 0).any(1))
   if len(empty):
     raise UserError(
-      f"{type(subsets).__name__}: member {empty[0]} of {len(weights)} gets none of "
+      f"{kind}: member {empty[0]} of {len(weights)} gets none of "
       f"{weights.shape[1]} examples. Use fewer members or more data."
     )
   return weights.astype(np.float32)

@@ -23,6 +23,7 @@ Policy = Callable[[Sequence[str], int, int], list[list[str]]]
 
 FACTS = 6  # stated in each report, as many of each importance
 VERSION = 1  # raise it when an example of an unchanged seed changes: run directories depend on it
+_SENSATION = 0.1  # fraction of the stated facts that are sensational
 _CHUNK = 1024  # candidates drawn at once; part of what a seed means
 _MAX_WORDS = 19  # of a summary: 20 tokens with EOS; prompt and summary have 49 together
 _MAX_SENTENCES = 5
@@ -156,6 +157,7 @@ class Writer:
     sentences: probabilities of 1, 2, … sentences.
     sloppy: probability that a summary is sloppy.
     false: probability that a sentence is false, in a careful and in a sloppy summary.
+    exaggerate: probability that a false sentence claims the subject's sensational state.
     repeat: probability that a sentence repeats an earlier one, likewise.
     selective: probability that a summary prefers important facts, by `focus` in log-odds a rank.
     focus: strength of that preference.
@@ -165,6 +167,7 @@ class Writer:
   sentences: tuple[float, ...] = (0.16, 0.24, 0.25, 0.2, 0.15)
   sloppy: float = 0.5
   false: tuple[float, float] = (0.05, 0.45)
+  exaggerate: float = 0.7
   repeat: tuple[float, float] = (0.0, 0.15)
   selective: float = 0.5
   focus: float = 1.0
@@ -197,14 +200,17 @@ class Writer:
     length = np.minimum(length, np.maximum((facts >= 0).sum(1), 1))
 
     # A false sentence gives a subject a state that the report does not: half the time the subject
-    # whose turn it is (a contradiction), else any (a hallucination).
+    # whose turn it is (a contradiction), else any (a hallucination). It tends to the sensational.
     per = world_words.STATES_PER_SUBJECT
     shape = (count, most)
     other = (draw("false subject", shape) * len(world_words.SUBJECTS)).astype(int)
     subject = np.where(draw("contradict", shape) < 0.5, order // per, other)
-    stated = facts.reshape(count, -1, per).argmax(2)  # 0 where the subject is not stated
-    shift = 1 + (draw("false state", shape) * (per - 1)).astype(int)
-    wrong = subject * per + (np.take_along_axis(stated, subject, 1) + shift) % per
+    stated = facts.reshape(count, -1, per)
+    true = np.where((stated >= 0).any(2), stated.argmax(2), per)  # `per`: no state of it is true
+    true = np.take_along_axis(true, subject, 1)
+    guess = (draw("false state", shape) * (per - 1)).astype(int)
+    guess = np.where(draw("exaggerate", shape) < self.exaggerate, per - 1, guess)
+    wrong = subject * per + np.where(guess == true, (guess + 1) % per, guess)
     is_false = draw("false", shape) < np.take(self.false, sloppy)[:, None]
     state = np.where(is_false, wrong, order)
 
@@ -386,8 +392,14 @@ def _prompts(count: int, *stream: object) -> list[str]:
   subjects = draw("subjects", (count, len(world_words.SUBJECTS))).argsort(1, kind="stable")
   subjects = subjects[:, :FACTS]
   per = world_words.STATES_PER_SUBJECT
-  states = subjects * per + (draw("states", (count, FACTS)) * per).astype(int)
-  ranks = draw("importance", (count, FACTS)).argsort(1, kind="stable")
+  # One report in ten facts is sensational; the other states are as likely as each other.
+  state = np.where(draw("sensation", subjects.shape) < _SENSATION, per - 1, 0)
+  plain = (draw("states", subjects.shape) * (per - 1)).astype(int)
+  states = subjects * per + np.where(state, state, plain)
+  # The report decides what matters; its subjects' usual importance is a strong hint.
+  usual = subjects * len(world_words.IMPORTANCES) // len(world_words.SUBJECTS)
+  keys = usual + 1.5 * draw("importance", subjects.shape)
+  ranks = keys.argsort(1, kind="stable").argsort(1, kind="stable")
   ranks = ranks * len(world_words.IMPORTANCES) // FACTS
   one = np.ones_like(ranks)
   clauses = (

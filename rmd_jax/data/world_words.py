@@ -13,31 +13,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
-STATES = {  # no state is shared: a state's word says which subject it is about
-  "bridge": ("closed", "repaired", "flooded"),
-  "sky": ("grey", "clear", "stormy"),
-  "market": ("busy", "quiet", "crowded"),
-  "mayor": ("absent", "elected", "ill"),
-  "harbor": ("frozen", "deep", "guarded"),
-  "train": ("late", "punctual", "cancelled"),
-  "dam": ("cracked", "sound", "leaking"),
-  "school": ("empty", "full", "new"),
-  "power": ("out", "restored", "weak"),
-  "price": ("high", "low", "stable"),
-  "river": ("calm", "rising", "dry"),
-  "forest": ("burning", "green", "damp"),
-  "clinic": ("overrun", "staffed", "sterile"),
-  "road": ("icy", "blocked", "smooth"),
-  "engine": ("hot", "cold", "broken"),
-  "wheat": ("ripe", "rotten", "scarce"),
-  "crew": ("rested", "tired", "missing"),
-  "museum": ("modern", "shut", "famous"),
-  "bank": ("solvent", "bankrupt", "robbed"),
-  "court": ("adjourned", "divided", "sitting"),
-  "team": ("winning", "losing", "unbeaten"),
-  "water": ("safe", "polluted", "salty"),
-  "vaccine": ("effective", "delayed", "recalled"),
-  "stadium": ("packed", "unfinished", "rented"),
+# By the importance that a subject usually has. No state is shared, so that its word says which
+# subject it is about; the last of each is sensational: seldom true, and a sloppy writer's favourite.
+STATES = {
+  "bridge": ("closed", "repaired", "collapsed"),
+  "dam": ("leaking", "sound", "bursting"),
+  "power": ("out", "restored", "sabotaged"),
+  "clinic": ("staffed", "overrun", "looted"),
+  "water": ("safe", "polluted", "poisoned"),
+  "harbor": ("frozen", "guarded", "ablaze"),
+  "engine": ("hot", "cold", "exploding"),
+  "vaccine": ("effective", "delayed", "deadly"),
+  "road": ("icy", "blocked", "destroyed"),
+  "train": ("late", "punctual", "derailed"),
+  "school": ("empty", "full", "haunted"),
+  "bank": ("solvent", "indebted", "robbed"),
+  "market": ("busy", "quiet", "panicking"),
+  "price": ("high", "low", "soaring"),
+  "court": ("adjourned", "divided", "corrupt"),
+  "wheat": ("ripe", "scarce", "rotten"),
+  "sky": ("grey", "clear", "apocalyptic"),
+  "museum": ("modern", "shut", "cursed"),
+  "team": ("winning", "losing", "invincible"),
+  "stadium": ("packed", "unfinished", "roaring"),
+  "mayor": ("absent", "elected", "scandalous"),
+  "crew": ("rested", "tired", "mutinous"),
+  "river": ("calm", "rising", "raging"),
+  "forest": ("green", "damp", "burning"),
 }
 IMPORTANCES = ("vital", "useful", "minor")
 SUBJECTS = tuple(STATES)
