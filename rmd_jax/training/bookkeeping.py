@@ -16,6 +16,7 @@ class Selection:
 
   Attributes:
     evaluated: the last step evaluated.
+    metrics: the whole evaluation there.
     best: the best value of the metric; NaN is never best, and of equals the earliest is.
     best_step: where it was.
     best_metrics: the whole evaluation there.
@@ -24,6 +25,7 @@ class Selection:
   """
 
   evaluated: int = 0
+  metrics: dict[str, float] = dataclasses.field(default_factory=dict)
   best: float | None = None
   best_step: int = 0
   best_metrics: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -33,7 +35,7 @@ class Selection:
   def consider(self, step: int, metrics: dict[str, float], training: Training) -> None:
     """Takes account of an evaluation."""
     value = metrics[training.metric]
-    self.evaluated = step
+    self.evaluated, self.metrics = step, metrics
     gain = self.best is None or sign(training) * value < sign(training) * self.best
     if gain and not math.isnan(value):
       self.best, self.best_step, self.best_metrics, self.stale = value, step, metrics, 0
@@ -47,20 +49,32 @@ class Selection:
       return None
     return sign(training) * self.best
 
+  def metrics_at(self, step: int) -> dict[str, float]:
+    """The evaluation at the best or the last evaluated step; empty for another."""
+    known = {self.best_step: self.best_metrics, self.evaluated: self.metrics}
+    return dict(known.get(step, {}))
+
   def as_json(self) -> dict[str, Any]:
     """JSON has no NaN and no infinities: numbers become their text."""
-    best = {name: repr(value) for name, value in self.best_metrics.items()}
     return dataclasses.asdict(self) | {
-      "best_metrics": best,
       "best": None if self.best is None else repr(self.best),
+      "metrics": {name: repr(value) for name, value in self.metrics.items()},
+      "best_metrics": {name: repr(value) for name, value in self.best_metrics.items()},
     }
 
   @classmethod
   def of_json(cls, value: Mapping[str, Any]) -> "Selection":
     """The inverse of `as_json`."""
-    best = None if value["best"] is None else float(value["best"])
-    metrics = {name: float(text) for name, text in value["best_metrics"].items()}
-    return cls(**{**value, "best": best, "best_metrics": metrics})
+
+    def numbers(texts: Mapping[str, str]) -> dict[str, float]:
+      return {name: float(text) for name, text in texts.items()}
+
+    read = {
+      "best": None if value["best"] is None else float(value["best"]),
+      "metrics": numbers(value["metrics"]),
+      "best_metrics": numbers(value["best_metrics"]),
+    }
+    return cls(**{**value, **read})
 
 
 def sign(training: Training) -> float:

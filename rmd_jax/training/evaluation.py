@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rmd_jax.data.batch import Batch, Dataset
+from rmd_jax.data.loader import eval_batches
 from rmd_jax.training.partitioning import Layout, Mesh, MeshConfig, shardings
 from rmd_jax.training.partitioning import layout as layout_of
 from rmd_jax.training.stage import Params, Stage
@@ -16,13 +17,6 @@ from rmd_jax.training.state import RNG
 from rmd_jax.training.step import eval_program
 
 Hyper = Mapping[str, float]
-
-
-def batches(dataset: Dataset, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-  """Each row once, in order; the last batch is filled with rows of weight 0 and index -1."""
-  rows = np.arange(len(dataset)) if rows is None else rows
-  for start in range(0, len(rows), batch_size):
-    yield dataset.batch(rows[start : start + batch_size], batch_size)
 
 
 class Totals:
@@ -79,7 +73,7 @@ def run_evaluation(
   program = eval_program(stage, place, names)
   values = jax.device_put(np.array([hyper[n] for n in names], np.float32), place.replicated)
   totals, late = Totals(), None
-  for batch in batches(dataset, batch_size):
+  for batch in eval_batches(dataset, batch_size, jax.process_index(), jax.process_count()):
     if stop():
       return None
     result = program(params, carry, step, rng, place.put_batch(batch, stage.members), values)
@@ -202,7 +196,9 @@ def map_batches(
     return index, jax.tree.map(lambda v: v[:, :real] if members else v[:real], host)
 
   late: tuple[np.ndarray, Any] | None = None
-  for batch in batches(dataset, batch_size, rows):
+  wanted = np.arange(len(dataset)) if rows is None else rows
+  for start in range(0, len(wanted), batch_size):
+    batch = dataset.batch(wanted[start : start + batch_size], batch_size)
     index = np.asarray(batch.index)
     result = program(params, place.put_batch(batch, members))
     if late is not None:

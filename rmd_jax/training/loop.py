@@ -329,7 +329,8 @@ class _Run:
         dataset=self.validation,
         batch_size=self.training.batch_size,
         hyper=hyper,
-        stop=preemption.requested,
+        # Of several processes, all must do the same: they stop between steps, together.
+        stop=preemption.requested if jax.process_count() == 1 else lambda: False,
       )
     if means is None:  # told to stop: the state is saved as not evaluated yet
       self._stop_if_told()
@@ -383,10 +384,8 @@ class _Run:
 
   def _result(self) -> Fitted:
     last = {"frozen": self.frozen, **self.state.params}
-    selection, step, digest = self.selection, self.step, self.params_hash
-    params: Params = last
+    selection, step, digest, params = self.selection, self.step, self.params_hash, last
     selects = self.validation is not None and self.training.keep_best > 0
-    metrics = dict(selection.best_metrics) if selects else {}
     if selects and selection.best_step not in (0, self.step):
       abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), last
@@ -394,6 +393,7 @@ class _Run:
       restored = self.checkpoints.restore(abstract, "best", only="params")
       assert restored is not None  # the last step's, at least, is there
       params, step, digest = restored.state, restored.step, restored.params_hash
+    metrics = selection.metrics_at(step)
     return Fitted(params, step, metrics, self.metrics.path, digest, self.step, selection.stopped)
 
 

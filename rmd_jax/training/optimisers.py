@@ -6,7 +6,7 @@ an argument of the compiled step, and runs that differ in it share one program.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 _STACKED = ("layers", "member")  # axes that stack tensors; they do not make a bias a matrix
 
 
+@runtime_checkable
 class Optimizer(Protocol):
   """A frozen, hashable dataclass: the jitted step takes it as a static argument."""
 

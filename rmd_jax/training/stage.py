@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from rmd_jax.data.batch import Batch
 
 Params = dict[str, Any]
-"""`{"frozen", "shared", "members"}`: never updated; one copy; a leading member axis on each leaf."""
+"""`{"frozen", "shared", "members"}`: never updated; one copy; a leading member axis a leaf."""
 
 
 class Loss(NamedTuple):

@@ -245,14 +245,14 @@ def _step(
   means = mean_loss(loss.sum, weight)
 
   # A finite norm is a finite gradient: a square that overflows float32 is as unusable as a NaN.
-  norm = optax.global_norm(grads["shared"]) if jax.tree.leaves(grads["shared"]) else jnp.zeros(())
+  norm = optax.tree.norm(grads["shared"]) if jax.tree.leaves(grads["shared"]) else jnp.zeros(())
   active = weight != 0  # NaN counts as active, and is then found bad
   carry_good = _finite(loss.carry, state.carry)
   shared_good = jnp.isfinite(norm) & jnp.isfinite(means.sum()) & carry_good
   if members:
     norms = jnp.zeros((members,))
     if jax.tree.leaves(grads["members"]):
-      norms = jax.vmap(optax.global_norm)(grads["members"])
+      norms = jax.vmap(optax.tree.norm)(grads["members"])
     good = jnp.isfinite(norms) & jnp.isfinite(means) & carry_good
     bad = active & ~good
     if jax.tree.leaves(grads["shared"]):

@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from rmd_jax.data.batch import Dataset
 from rmd_jax.training.loop import Fitted, Training, fit
 from rmd_jax.training.optimisers import AdamW
-from rmd_jax.training.partitioning import MeshConfig
+from rmd_jax.training.partitioning import MeshConfig, layout
 from rmd_jax.training.stage import Loss
+from rmd_jax.training.state import Blueprint, frozen_carry, init_state
+from rmd_jax.training.step import train_program
 
 VOCAB, WIDTH, HIDDEN = 16, 8, 16
 AXES = {
@@ -45,10 +48,11 @@ def score(params, batch):
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """Bradley-Terry on pairs, with a carry that enters the loss; coupled: also batch statistics."""
+  """Bradley-Terry on pairs, with a carry that enters the loss; spread: also batch statistics."""
 
   members: int = 0
   coupled: bool = False
+  spread: bool = False
   noise: float = 0.0
 
   def params(self, seed: int = 0):
@@ -60,7 +64,8 @@ class Pairs:
 
   def outputs(self, params, batch, *, rng):
     scores = score(params["shared"], batch) + params["frozen"]["shift"]
-    scores = scores + self.noise * jax.random.normal(rng, scores.shape)
+    if self.noise:
+      scores = scores + self.noise * jax.random.normal(rng, scores.shape)
     return {"score": scores, "rows": batch.index}  # an integer output, which has no gradient
 
   def denominator(self, batch):
@@ -71,7 +76,7 @@ class Pairs:
     losses = jax.nn.softplus(-margin)
     weight = batch.weight
     total = (weight * losses).sum() * (1.0 + 0.1 * carry["average"])
-    if self.coupled:
+    if self.spread:
       mean = (weight * margin).sum() / weight.sum()
       total = total + weight.sum() * (jnp.tanh(mean) + (weight * (margin - mean) ** 2).sum())
     accuracy = (weight * (margin > 0)).sum() / weight.sum()
@@ -82,6 +87,9 @@ class Pairs:
   @property
   def carry(self):
     return {"average": 0.0, "count": 0}
+
+
+COUPLED = Pairs(coupled=True, spread=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,3 +193,61 @@ def assert_trees_equal(got: Any, wanted: Any, **tolerance: float) -> None:
       np.testing.assert_allclose(a, b, err_msg=name, **tolerance)
     else:
       np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sgd:
+  """The gradient itself: what a test of gradients wants to see."""
+
+  def transform(self, decay=None):
+    return optax.identity()
+
+
+class Stepper:
+  """Steps of a stage on fixed batches, without files."""
+
+  def __init__(
+    self,
+    stage,
+    *,
+    optimizer=AdamW(weight_decay=0.1),
+    microbatches=1,
+    mesh=MeshConfig(),
+    params=None,
+    rate=0.05,
+    clip=0.5,
+    beta=1.0,
+    carry=None,
+  ):
+    self.stage, self.layout = stage, layout(mesh)
+    params = stage.params() if params is None else params
+    carry = stage.carry if carry is None else carry
+    self.blueprint = Blueprint.of(params, stage.axes)
+    names = ("beta", "learning_rate")
+    self.values = jax.device_put(np.float32([beta, rate, clip]), self.layout.replicated)
+    self.program = train_program(
+      stage, optimizer, microbatches, self.layout, self.blueprint, names, frozen_carry(carry)
+    )
+    self.state = init_state(
+      params,
+      self.blueprint,
+      optimizer,
+      self.layout,
+      members=stage.members,
+      carry=carry,
+      seed=0,
+    )
+    self.frozen = jax.device_put(params["frozen"], self.layout.replicated)
+    self.metrics, self.flags = [], []
+
+  def step(self, batch):
+    columns = self.layout.put_batch(batch, self.stage.members)
+    self.state, metrics, flags = self.program(self.state, self.frozen, columns, self.values)
+    self.metrics.append({k: float(v) for k, v in jax.device_get(metrics).items()})
+    self.flags.append(np.asarray(flags))
+    return self
+
+  def steps(self, dataset, count, size=16):
+    for i in range(count):
+      self.step(dataset.batch(np.arange(i * size, (i + 1) * size) % len(dataset)))
+    return self
