@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -88,9 +88,9 @@ class PreferenceData:
   source: Any
   prompt_length: int
   response_length: int
-  vocabulary: Any = None
+  vocabulary: Vocabulary | TrainedSentencePiece | None = None
   max_bad_fraction: float = 0.0
-  truncation: str = "cut"
+  truncation: Literal["cut", "leave_out"] = "cut"
   splits: Splits = Splits()
   demonstrations: Any = None
 
@@ -151,10 +151,9 @@ class PreferenceData:
     }
     return Prepared(splits, demonstrations, vocabulary, summary, left_out, warnings)
 
-  def _vocabulary(self) -> Any:
-    vocabulary = self.vocabulary
-    if vocabulary is None:
-      vocabulary = getattr(self.source, "vocabulary", None)
+  def _vocabulary(self) -> Vocabulary | TrainedSentencePiece:
+    own: Vocabulary | None = getattr(self.source, "vocabulary", None)
+    vocabulary = own if self.vocabulary is None else self.vocabulary
     if vocabulary is None:
       raise UserError(
         f"PreferenceData.vocabulary is not set, and {type(self.source).__name__} brings none; set "

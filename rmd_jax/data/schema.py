@@ -299,6 +299,9 @@ def _check_responses(
         "begins with the whole prompt, which then counts as part of the response; remove it there"
       )
       warnings.append(_warning(location, field, what, "prompt repeated"))
+    if after_turn and dialogue.HUMAN_TURN in response:
+      what = "goes on to a further turn of the human, whose tokens then count as the response's"
+      warnings.append(_warning(location, field, what, "further turn"))
   if not prompt.strip():
     what = "is blank, so the responses stand alone; is it meant?"
     warnings.append(_warning(location, "prompt", what, "blank prompt"))

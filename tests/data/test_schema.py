@@ -181,7 +181,9 @@ def test_implicit_prompts_end_at_the_last_shared_turn():
 
 def test_dialogues_that_part_early_share_the_turn_before():
   chosen, rejected = dialogue("a", "b", "c", "d"), dialogue("a", "x", "c", "d")
-  parsed = record({"chosen": chosen, "rejected": rejected})
+  raw = {"chosen": chosen, "rejected": rejected}
+  parsed = record(raw)
+  assert warnings(raw) == ["further turn", "further turn"]
   assert parsed.prompt == "\n\nHuman: a\n\nAssistant:"
   assert parsed.responses[0] == " b\n\nHuman: c\n\nAssistant: d"
 
@@ -235,6 +237,15 @@ def test_messages_and_hh_text_of_one_dialogue_are_the_same_record():
   }
   one, other = record(messages), record(texts)
   assert (one.prompt, one.responses, one.id) == (other.prompt, other.responses, other.id)
+
+
+def test_message_lists_of_which_one_goes_on_or_that_are_equal():
+  short, long = [user("a"), assistant("b")], [user("a"), assistant("b"), user("c"), assistant("d")]
+  parsed = record({"chosen": long, "rejected": short})
+  assert parsed.responses == (" b\n\nHuman: c\n\nAssistant: d", " b")
+  parsed = record({"chosen": long, "rejected": long})
+  assert parsed.prompt.endswith("Human: c\n\nAssistant:")
+  assert parsed.responses == (" d", " d")
 
 
 def test_the_template_has_all_four_roles():
