@@ -75,7 +75,8 @@ class _Column:
 
   def append(self, keys: np.ndarray, values: np.ndarray) -> None:
     body = keys.tobytes() + np.ascontiguousarray(values, "<f4").tobytes()
-    block = _BLOCK.pack(_MAGIC, *values.shape, _crc(*values.shape, body)) + body
+    rows, responses = values.shape
+    block = _BLOCK.pack(_MAGIC, rows, responses, _crc(rows, responses, body)) + body
     files.append(self.path, block)
     self._take(keys, values)
     self.good = self.size = self.size + len(block)

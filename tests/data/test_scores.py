@@ -130,6 +130,20 @@ def test_scoring_goes_on_where_it_stopped(tmp_path):
   )
 
 
+def test_a_row_that_is_there_stays_as_it_is(tmp_path):
+  dataset = examples(6)
+  store = store_at(tmp_path)
+  store.write(dataset, np.arange(4), {"reference": values_of(dataset)[:4]})
+  before = (tmp_path / "reference.bin").read_bytes()
+  store.write(dataset, np.arange(3), {"reference": values_of(dataset)[:3] + 1})
+  assert (tmp_path / "reference.bin").read_bytes() == before
+  store_at(tmp_path).write(dataset, np.arange(6), {"reference": values_of(dataset) + 1})
+  alone = ScoreStore(tmp_path, FIELDS, reference="aa" * 32, members=[])
+  stored = alone.attach(dataset).reference_logp
+  np.testing.assert_array_equal(stored[:4], values_of(dataset)[:4])
+  np.testing.assert_array_equal(stored[4:], values_of(dataset)[4:] + 1 * dataset.mask[4:])
+
+
 def test_a_new_member_rescores_nothing(tmp_path):
   dataset = examples(8)
   score(store_at(tmp_path, members=2), dataset)

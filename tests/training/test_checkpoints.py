@@ -160,7 +160,7 @@ def test_no_checkpoint_at_all_is_a_fresh_start(tmp_path):
   assert list(tmp_path.glob(".tmp*")) == []
 
 
-@pytest.mark.parametrize("where", ["array", "manifest", "metadata", "truncated", "gone"])
+@pytest.mark.parametrize("where", ["array", "manifest", "edited", "metadata", "truncated", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, where, capfd):
   checkpoints = Checkpoints(tmp_path)
   for step in (1, 2):
@@ -170,6 +170,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, where, capfd):
     damage(largest_file(latest))
   elif where == "manifest":
     damage(latest / "manifest.json")
+  elif where == "edited":  # a flip that leaves it valid JSON, with files that agree with it
+    text = (latest / "manifest.json").read_text()
+    (latest / "manifest.json").write_text(text.replace('"step": 2', '"step": 6'))
   elif where == "metadata":
     damage(latest / "state" / "_METADATA", 3)
   elif where == "truncated":
