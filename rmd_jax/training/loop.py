@@ -262,7 +262,7 @@ class _Run:
       self.state, metrics, flags = self.program(self.state, self.frozen, columns, values)
     self.step += 1
     self._read_pending()
-    self.pending = _Pending(self.step, metrics, flags, batch.index, _tokens(batch))
+    self.pending = _Pending(self.step, metrics, flags, np.asarray(batch.index), _tokens(batch))
     if self.first:  # compiled by now: its time is not the steps'
       self.first = False
       self._read_pending()

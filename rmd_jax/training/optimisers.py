@@ -25,6 +25,9 @@ _STACKED = ("layers", "member")  # axes that stack tensors; they do not make a b
 class Optimizer(Protocol):
   """A frozen, hashable dataclass: the jitted step takes it as a static argument."""
 
+  def __hash__(self) -> int:
+    """Equal optimisers share a program."""
+
   def transform(self, decay: Any = None) -> optax.GradientTransformation:
     """The transformation from gradients to a direction, without the learning rate.
 

@@ -258,6 +258,7 @@ def shardings(axes: Any, mesh: Mesh, shapes: Any, rules: Rules = Rules()) -> Any
     ValueError: the trees differ, or a leaf has not one name a dimension.
   """
   place = Layout(mesh, rules)
+  structure: Any  # JAX gives tree definitions no comparison that a type checker sees
   leaves, structure = jax.tree_util.tree_flatten_with_path(shapes)
   names, named = jax.tree.flatten(axes, is_leaf=lambda node: isinstance(node, tuple))
   if named != structure:

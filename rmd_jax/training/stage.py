@@ -44,6 +44,9 @@ class Stage(Protocol):
   def coupled(self) -> bool:
     """Whether the objective is no sum over examples."""
 
+  def __hash__(self) -> int:
+    """Equal stages share a program."""
+
   def outputs(self, params: Params, batch: Batch, *, rng: PRNGKeyArray) -> Any:
     """Per-example arrays: examples on axis 0, or on axis 1 where `members` > 0."""
 

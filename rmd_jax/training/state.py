@@ -63,6 +63,7 @@ class Blueprint:
         raise ValueError(
           f"{name} must have the keys frozen, shared and members, not {sorted(tree)}"
         )
+    structure: Any  # JAX gives tree definitions no comparison that a type checker sees
     leaves, structure = jax.tree.flatten(params)
     names, named = jax.tree.flatten(axes, is_leaf=lambda node: isinstance(node, tuple))
     if named != structure:

@@ -48,10 +48,11 @@ def _checked(loss: Loss, weight: Array, members: int, carry: Any) -> Loss:
       raise TypeError(
         f"{name} has shape {jnp.shape(value)}; a stage of {members} members: {wanted}"
       )
-  if jax.tree.structure(loss.carry) != jax.tree.structure(carry):
+  returned: Any = jax.tree.structure(loss.carry)
+  given: Any = jax.tree.structure(carry)
+  if returned != given:
     raise TypeError(
-      "the objective returned a carry of another structure than it was given:\n"
-      f"{jax.tree.structure(loss.carry)}\n{jax.tree.structure(carry)}"
+      f"the objective returned a carry of another structure than it was given:\n{returned}\n{given}"
     )
 
   def as_given(new: Any, old: Any) -> Array:

@@ -111,7 +111,7 @@ def test_a_finished_fit_returns_at_once_and_touches_nothing(tmp_path):
   before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
   compiled = compilations()
   again = run(tmp_path, Pairs(), data(), **arguments)
-  assert compilations().since(compiled).count == 0
+  assert compilations().since(compiled).programs == 0
   assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
   assert_trees_equal(again.params, fitted.params)
   assert again._replace(params=None) == fitted._replace(params=None)
@@ -136,7 +136,7 @@ def test_runs_that_differ_in_numbers_share_their_programs(tmp_path):
     seed=5,
   )
   run(tmp_path / "c", Pairs(), data(seed=3), hyper={"beta": np.linspace(1, 2, 20)})
-  assert compilations().since(compiled).count == 0
+  assert compilations().since(compiled).programs == 0
 
 
 def test_hyper_may_vary_by_step(tmp_path):
@@ -321,7 +321,7 @@ def test_map_batches_yields_each_row_once_without_the_fill(stage):
       members=stage.members,
     )
   )
-  assert compilations().since(before).count == 0  # an equal dataclass's method: the same program
+  assert compilations().since(before).programs == 0  # an equal dataclass's method: the same program
 
 
 @dataclasses.dataclass(frozen=True)
