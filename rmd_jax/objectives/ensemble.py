@@ -197,7 +197,8 @@ def ensemble_disagreement(
   """
   first = None if rewards is None or rewards.ndim != 3 or len(rewards) == 0 else rewards[0]
   mask, _, rewards = members(rewards, first, mask)
-  own = rewards - rewards.mean(0, keepdims=True)
+  own = rewards - rewards[:1]  # first, so that members that agree are exactly 0 apart
+  own = own - own.mean(0, keepdims=True)
   variance = jax.vmap(lambda r: mean_square_over_pairs(r, mask))(own).mean(0)
   return weighted_mean(variance, example_weights(weights, rewards[0]))
 

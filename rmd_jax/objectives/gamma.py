@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
 
 from rmd_jax.objectives.averages import MovingAverage
 from rmd_jax.objectives.inputs import Scalar
@@ -38,9 +39,10 @@ class LinearGamma:
     if min(self.start, self.end) < 0:
       raise ValueError(f"LinearGamma goes from {self.start} to {self.end}: γ is at least 0")
 
-  def __call__(self, step: Num[Array, ""] | int) -> Float[Array, ""]:
-    """γ at a step, counted from 0."""
-    return self.start + (self.end - self.start) * jnp.clip(step / self.steps, 0.0, 1.0)
+  def __call__(self, step: ArrayLike) -> Float[Array, "..."]:
+    """γ at a step, or at an array of steps, counted from 0."""
+    done = jnp.clip(jnp.asarray(step) / self.steps, 0.0, 1.0)
+    return self.start + (self.end - self.start) * done
 
 
 class DualState(NamedTuple):
@@ -101,7 +103,7 @@ class DualGamma:
 
 def dual_gamma(state: DualState, *, beta: Scalar) -> Float[Array, ""]:
   """γ = β / α."""
-  return beta * jnp.exp(-state.log_alpha)
+  return jnp.asarray(beta) * jnp.exp(-state.log_alpha)
 
 
 def dual_step(
@@ -125,4 +127,4 @@ def dual_step(
 def slack(state: DualState, *, epsilon: Scalar) -> Float[Array, ""]:
   """ε - L̂: below 0 where the constraint is violated; 0 before the first step."""
   (mean,) = state.loss.mean((jnp.asarray(epsilon, state.log_alpha.dtype),))
-  return epsilon - mean
+  return jnp.asarray(epsilon) - mean

@@ -53,7 +53,7 @@ def nearest_in_hull(gram: Float[Array, "K K"], cross: Float[Array, " K"]) -> Flo
 
   A primal active-set method (Lawson and Hanson's for non-negative least squares, with the sum
   constraint added). It starts at the best single member, every move lowers the objective, and each
-  solves one K x K system; about K moves are needed. So the value is never above that of `batch`.
+  solves one K x K system; about K moves are needed. So the value is, but for the ridge, never above that of `batch`.
 
   The ridge makes λ unique: 1e-6, or what the dtype resolves of G if that is more.
 
@@ -97,7 +97,9 @@ def nearest_in_hull(gram: Float[Array, "K K"], cross: Float[Array, " K"]) -> Flo
     out = jnp.argmin(share)
     weights = search.weights + share[out] * (target - search.weights)
     weights = jnp.maximum(weights, 0.0).at[out].set(0.0)
-    return _Search(weights / weights.sum(), search.face.at[out].set(False), search.step + 1, False)
+    return _Search(
+      weights / weights.sum(), search.face.at[out].set(False), search.step + 1, search.done
+    )
 
   def move(search: _Search) -> _Search:
     target = face_minimum(search.face)

@@ -6,7 +6,7 @@ that comes after leaves 0 * NaN in the gradients.
 """
 
 from collections.abc import Collection
-from typing import TypeAlias, TypeGuard
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,10 @@ def floats(**arrays: Array | None) -> tuple[Array, ...]:
       raise TypeError(f"{name} is a {type(value).__name__}: pass an array")
     if not (jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)):
       raise TypeError(f"{name} is {value.dtype}: pass an array of real numbers")
-  wide = any(value.dtype == jnp.float64 for value in arrays.values())
+  values = [value for value in arrays.values() if value is not None]
+  wide = any(value.dtype == jnp.float64 for value in values)
   dtype = jnp.result_type(float) if wide else jnp.float32  # without x64, float is float32
-  return tuple(jnp.asarray(value, dtype) for value in arrays.values())
+  return tuple(jnp.asarray(value, dtype) for value in values)
 
 
 def expect_shape(name: str, value: Shaped[Array, "..."], shape: tuple[int, ...]) -> None:
@@ -123,6 +124,6 @@ def weighted_mean(values: Float[Array, "*K B"], weights: Float[Array, " B"]) -> 
   return jnp.where(total > 0, sums / jnp.where(total > 0, total, 1.0), 0.0)
 
 
-def is_concrete(value: Array | None) -> TypeGuard[Array]:
-  """Whether the values, and not only shape and dtype, are known: there, and no tracer."""
-  return value is not None and not isinstance(value, jax.core.Tracer)
+def is_concrete(*arrays: ArrayLike | None) -> bool:
+  """Whether the values, and not only shapes and dtypes, are known: all there, and no tracer."""
+  return not any(value is None or isinstance(value, jax.core.Tracer) for value in arrays)

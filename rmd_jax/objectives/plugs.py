@@ -5,8 +5,8 @@ A plug is a frozen dataclass around one of the array functions, and adds the pen
 - p-DPO is `DPO` with a gamma, dp-DPO is `Distill` with a gamma, e-DPO is `EnsembleDistill`.
 - Fields listed in `traced` are numbers that sweeps vary. They reach the compiled step through
   `hyper`, and are left out of equality and hash, so that another β shares the program.
-- `carry` is the plug's training state. `hyper["update"]` is 1 in training; evaluation overrides it
-  with 0, which freezes the state.
+- `carry` is the plug's training state. The loop adds `training` to `hyper`: 1 in training and 0 in
+  evaluation, which freezes the state.
 - `check(data)` refuses, before training, what the plug cannot be fed; `resolve(data)` fills in what
   is measured on the data.
 
@@ -44,6 +44,7 @@ Batch: TypeAlias = Any  # anything with the attributes listed above, a whole dat
 Carry: TypeAlias = dict[str, Any]
 Hyper: TypeAlias = Mapping[str, Scalar]
 Schedule: TypeAlias = Callable[[Any], Any]
+Gamma: TypeAlias = float | Schedule | DualGamma
 Losses: TypeAlias = Float[Array, " B"]
 
 
@@ -56,8 +57,16 @@ class _Plug:
   """What a plug without state and penalty answers."""
 
   traced: ClassVar[tuple[str, ...]] = ()
-  needs: ClassVar[tuple[str, ...]] = ()
-  coupled: bool = False
+
+  @property
+  def needs(self) -> tuple[str, ...]:
+    """Columns that the data must have."""
+    return ()
+
+  @property
+  def coupled(self) -> bool:
+    """Whether the loss is no sum over examples."""
+    return False
 
   def hyper(self) -> dict[str, float | Schedule]:
     """The traced numbers by name; a schedule is a callable of the step."""
@@ -83,7 +92,7 @@ class _Plug:
         raise ValueError(f"{name} needs {column}, which this data has not: score it first")
       # Equality with itself, because NaN is what has none; NumPy and jax arrays alike.
       mask = data.mask if value.ndim == 2 else data.mask[None]
-      if is_concrete(value) and is_concrete(mask) and (mask & (value != value)).any():
+      if is_concrete(value, mask) and (mask & (value != value)).any():
         raise ValueError(f"{name}: {column} of a response is NaN: score it, or leave it out")
 
   def _expect_pairs(self, data: Batch, way_out: str) -> None:
@@ -95,7 +104,7 @@ class _Plug:
         f"{name} takes pairs, and this data has {count} responses a prompt: {way_out}"
       )
     ratings = data.ratings
-    if ratings is None or data.preference is not None or not is_concrete(ratings):
+    if data.preference is not None or not is_concrete(ratings, data.mask):
       return
     if (data.mask.all(-1) & (ratings[:, 0] < ratings[:, 1])).any():
       raise ValueError(f"{name}: the ratings put the second response of a pair first: {way_out}")
@@ -112,7 +121,7 @@ def _penalty(estimator: str, log_ratios: Float[Array, "B N"], batch: Batch) -> L
   return forward_kl(log_ratios, estimator=estimator, mask=batch.mask)
 
 
-def _check_penalty(gamma: Any, estimator: str) -> None:
+def _check_penalty(gamma: Gamma, estimator: str) -> None:
   expect_one_of("estimator", estimator, ESTIMATORS)
   if isinstance(gamma, (int, float)) and gamma < 0:
     raise ValueError(f"gamma={gamma}: a penalty's weight is at least 0")
@@ -141,7 +150,7 @@ class DPO(_Plug):
 
   beta: float = _traced()
   label_smoothing: float = _traced(0.0)
-  gamma: float | Schedule = _traced(0.0)
+  gamma: Gamma = _traced(0.0)
   estimator: str = "pairs"
 
   traced: ClassVar[tuple[str, ...]] = ("beta", "label_smoothing", "gamma")
@@ -222,7 +231,7 @@ class _Distillation(_Plug):
   """What distillation from one model and from many share: γ, fixed or dual."""
 
   beta: float
-  gamma: float | Schedule | DualGamma
+  gamma: Gamma
   estimator: str
   dual: bool
 
@@ -233,7 +242,7 @@ class _Distillation(_Plug):
     object.__setattr__(self, "dual", isinstance(self.gamma, DualGamma))
 
   def hyper(self) -> dict[str, float | Schedule]:
-    """The traced numbers; with a dual γ its ε and rate; `update` where there is a state.
+    """The traced numbers; with a dual γ its ε and rate in γ's place.
 
     Raises:
       ValueError: ε is still to be measured on the data.
@@ -244,8 +253,6 @@ class _Distillation(_Plug):
       if self.gamma.epsilon is None:
         raise ValueError("DualGamma.epsilon is measured on the data: call resolve(data) first")
       numbers |= {"epsilon": self.gamma.epsilon, "dual_rate": self.gamma.rate}
-    if self.init_carry():
-      numbers["update"] = 1.0
     return numbers
 
   def init_carry(self) -> Carry:
@@ -269,7 +276,7 @@ class _Distillation(_Plug):
     """losses + γ fKL, with γ as it stood before this step, and the state after it."""
     if self.dual:
       gamma = dual_gamma(carry["dual"], beta=hyper["beta"])
-      update = (jnp.asarray(hyper["update"]) > 0) & (batch.weight.sum() > 0)
+      update = (jnp.asarray(hyper["training"]) > 0) & (batch.weight.sum() > 0)
       after = dual_step(
         carry["dual"],
         weighted_mean(losses, batch.weight),
@@ -279,9 +286,8 @@ class _Distillation(_Plug):
       )
       carry = {**carry, "dual": after}
     else:
-      gamma = hyper["gamma"]
-    penalty = _penalty(self.estimator, log_ratios, batch)
-    return losses + scalar("gamma", gamma, losses.dtype) * penalty, carry
+      gamma = scalar("gamma", hyper["gamma"], losses.dtype)
+    return losses + gamma.astype(losses.dtype) * _penalty(self.estimator, log_ratios, batch), carry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +307,7 @@ class Distill(_Distillation):
   member: int = 0
   source: str = "rewards"
   form: str = "square"
-  gamma: float | Schedule | DualGamma = _traced(0.0)
+  gamma: Gamma = _traced(0.0)
   estimator: str = "pairs"
   dual: bool = dataclasses.field(init=False, repr=False)
 
@@ -365,7 +371,7 @@ class EnsembleDistill(_Distillation):
   beta: float = _traced()
   selection: str = "batch"
   form: str = "square"
-  gamma: float | Schedule | DualGamma = _traced(0.0)
+  gamma: Gamma = _traced(0.0)
   estimator: str = "pairs"
   kappa: float = _traced(1.0)
   temperature: float = _traced(1.0)
@@ -374,7 +380,6 @@ class EnsembleDistill(_Distillation):
   dual: bool = dataclasses.field(init=False, repr=False)
 
   traced: ClassVar[tuple[str, ...]] = ("beta", "gamma", "kappa", "temperature")
-  needs: ClassVar[tuple[str, ...]] = ("rewards",)
 
   def __post_init__(self) -> None:
     self._set_dual()
@@ -397,6 +402,11 @@ class EnsembleDistill(_Distillation):
     return self.selection == "running" or self.statistics == "running"
 
   @property
+  def needs(self) -> tuple[str, ...]:
+    """The family's scores."""
+    return ("rewards",)
+
+  @property
   def coupled(self) -> bool:
     """Only these selections are sums over examples."""
     return self.dual or self.selection not in ("example", "mean", "lcb")
@@ -404,7 +414,7 @@ class EnsembleDistill(_Distillation):
   def init_carry(self) -> Carry:
     """The dual controller's state and the selection's moving averages, where there are any."""
     carry = super().init_carry()
-    if self._averages:
+    if self._averages and self.members:  # __post_init__ has refused the one without the other
       carry["selection"] = initial_state(
         self.members, selection=self.selection, statistics=self.statistics
       )
@@ -448,7 +458,7 @@ class EnsembleDistill(_Distillation):
       state=carry.get("selection"),
       form=self.form,
       statistics=self.statistics,
-      update=hyper["update"] if "selection" in carry else True,
+      update=hyper["training"] if "selection" in carry else True,
     )
     if "selection" in carry:
       carry = {**carry, "selection": selection.state}

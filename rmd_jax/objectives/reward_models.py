@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Num
 
 from rmd_jax.objectives.inputs import (
   Scalar,
-  expect_shape,
-  floats,
   is_concrete,
   preferences,
   responses,
@@ -80,8 +79,9 @@ def plackett_luce(
 
   Source: Plackett (1975).
 
-  >>> jnp.exp(-plackett_luce(jnp.zeros((1, 3)), jnp.array([[2, 0, 1]]))).round(4)  # 1 / 3!
-  Array([0.1667], dtype=float32)
+  >>> likelihood = jnp.exp(-plackett_luce(jnp.zeros((1, 3)), jnp.array([[2, 0, 1]])))
+  >>> round(1 / float(likelihood[0]), 4)  # the orders of three responses
+  6.0
   """
   mask, r, order = responses(mask, rewards=rewards, ranks=ranks)
   refuse_ties(order, mask)
@@ -122,12 +122,11 @@ def rating(
   return mean_square_over_pairs(r - jax.lax.stop_gradient(targets), mask)
 
 
-def refuse_ties(ranks: Num[Array, "B N"], mask: Bool[Array, "B N"]) -> None:
-  """Refuses two responses of one rank, if the values are known (not traced)."""
-  if not (is_concrete(ranks) and is_concrete(mask)):
+def refuse_ties(ranks: ArrayLike, mask: ArrayLike) -> None:
+  """Refuses two responses [B, N] of one rank, if the values are known (not traced)."""
+  if not is_concrete(ranks, mask):
     return
-  (ranks,) = floats(ranks=ranks)
-  expect_shape("mask", mask, ranks.shape)
+  ranks, mask = jnp.asarray(ranks), jnp.asarray(mask)
   placed = jnp.sort(jnp.where(mask, ranks, jnp.inf), axis=-1)
   tied = (placed[:, 1:] == placed[:, :-1]) & jnp.isfinite(placed[:, 1:])
   if tied.any():
