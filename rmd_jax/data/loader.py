@@ -42,7 +42,9 @@ class Loader:
   def __post_init__(self) -> None:
     _check(self.batch_size, self.host, self.hosts)
     if not len(self.dataset):
-      raise UserError("loader: the data set has no examples; see the data stage's counts and splits")
+      raise UserError(
+        "loader: the data set has no examples; see the data stage's counts and splits"
+      )
 
   def rows(self, step: int) -> Int[np.ndarray, " B"]:
     """The rows of the whole batch of `step`, all hosts together."""

@@ -39,7 +39,7 @@ class AllData:
 
 @dataclasses.dataclass(frozen=True)
 class BootstrapSubsets:
-  """Each member sees an example Poisson(1) times: the bootstrap, without knowing how many there are."""
+  """Each member sees an example Poisson(1) times, which is the bootstrap of a stream."""
 
   def weights(self, dataset: Dataset, members: int, seed: int) -> Float[np.ndarray, "K M"]:
     """Whole numbers 0, 1, 2, …"""
@@ -86,10 +86,12 @@ class BiasedSubsets:
       )
     ids, wins = hashing.hash_ids(dataset.ids), length_wins(dataset)
     return _checked(
-      np.stack([
-        _kept(wins, target, hashing.uniform(ids, "biased", seed, k))
-        for k, target in enumerate(self.targets)
-      ]),
+      np.stack(
+        [
+          _kept(wins, target, hashing.uniform(ids, "biased", seed, k))
+          for k, target in enumerate(self.targets)
+        ]
+      ),
       "BiasedSubsets",
     )
 
@@ -119,7 +121,7 @@ def resample_to(dataset: Dataset, rho: float, seed: int) -> Int[np.ndarray, " R"
 
 
 def longer_wins(dataset: Dataset) -> float:
-  """The fraction, among the pairs that have a longer response, in which it wins; NaN if none has."""
+  """The fraction, of the pairs that have a longer response, in which it wins; else NaN."""
   wins = length_wins(dataset)
   decided = np.count_nonzero(wins)
   return np.count_nonzero(wins > 0) / decided if decided else math.nan
@@ -134,7 +136,8 @@ def length_wins(dataset: Dataset) -> Int[np.ndarray, " M"]:
   if dataset.response_length.shape[1] != 2 or not dataset.mask.all():
     raise UserError(
       "bias towards length is defined for pairs, but some records have "
-      f"{int(dataset.mask.sum(1).max())} responses: use AllData, BootstrapSubsets or DisjointSubsets"
+      f"{int(dataset.mask.sum(1).max())} responses: use AllData, BootstrapSubsets or "
+      "DisjointSubsets"
     )
   first, second = dataset.response_length.T.astype(np.int64)
   longer = is_longer(first, second).astype(np.int64) - is_longer(second, first)

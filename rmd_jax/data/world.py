@@ -9,7 +9,9 @@ neither an upgrade of NumPy nor a larger `pairs` changes an example.
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,13 +20,14 @@ from rmd_jax.data import hashing, subsets, world_words
 from rmd_jax.data.vocabulary import WordVocabulary
 from rmd_jax.errors import UserError
 
+Record = dict[str, Any]
 Policy = Callable[[Sequence[str], int, int], list[list[str]]]
 """policy(prompts, samples, seed) -> `samples` responses for each prompt."""
 
 FACTS = 6  # stated in each report, as many of each importance
 VERSION = 1  # raise it when an example of an unchanged seed changes: run directories depend on it
 _SENSATION = 0.1  # fraction of the stated facts that are sensational
-_CHUNK = 1024  # candidates drawn at once; part of what a seed means
+_CHUNK = 256  # candidates drawn at once; part of what a seed means
 _MAX_WORDS = 19  # of a summary: 20 tokens with EOS; prompt and summary have 49 together
 _MAX_SENTENCES = 5
 
@@ -78,7 +81,7 @@ class Oracle:
       "word": (rows != world_words.NOTHING).sum(1),
     }
 
-  def explain(self, prompt: str, response: str) -> dict[str, object]:
+  def explain(self, prompt: str, response: str) -> dict[str, Any]:
     """One summary's score with its reasons, for people to read.
 
     Returns:
@@ -86,7 +89,7 @@ class Oracle:
       "false": ["sky clear", …], "repeated": […], "misplaced": [words], "words": int}.
     """
     reports, rows = world_words.numbers([prompt]), world_words.numbers([response])
-    importance, covered, false, repeated = (part[0] for part in _judge(reports, rows))
+    _, covered, false, repeated = (part[0] for part in _judge(reports, rows))
     words = response.split()
     stated = {
       f"{world_words.SUBJECTS[subject]} {world_words.ALL_STATES[state]}": rank
@@ -123,7 +126,10 @@ def _facts(prompts: np.ndarray) -> np.ndarray:
 def _stated(prompts: np.ndarray) -> list[list[tuple[int, int, int]]]:
   """For each prompt its (subject, state, rank), in the order of the states."""
   return [
-    [(int(s) // world_words.STATES_PER_SUBJECT, int(s), int(row[s])) for s in np.flatnonzero(row >= 0)]
+    [
+      (int(s) // world_words.STATES_PER_SUBJECT, int(s), int(row[s]))
+      for s in np.flatnonzero(row >= 0)
+    ]
     for row in _facts(prompts)
   ]
 
@@ -136,7 +142,9 @@ def _judge(
   subject, state, _ = world_words.claims(rows)
   claim = state != world_words.NOTHING
   own = claim & (state // world_words.STATES_PER_SUBJECT == subject)
-  importance = np.where(own, np.take_along_axis(facts, np.maximum(state, 0), 1), world_words.NOTHING)
+  importance = np.where(
+    own, np.take_along_axis(facts, np.maximum(state, 0), 1), world_words.NOTHING
+  )
   code = subject * len(world_words.ALL_STATES) + state
   earlier = np.tri(rows.shape[1], k=-1, dtype=bool)
   again = ((code[:, :, None] == code[:, None, :]) & claim[:, None, :] & earlier).any(2)
@@ -173,7 +181,7 @@ class Writer:
   focus: float = 1.0
   wordy: float = 0.5
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if not 1 <= len(self.sentences) <= _MAX_SENTENCES or abs(sum(self.sentences) - 1) > 1e-6:
       raise UserError(
         f"Writer.sentences = {self.sentences}: give at most {_MAX_SENTENCES} probabilities, sum 1"
@@ -188,8 +196,10 @@ class Writer:
   def _write(self, facts: np.ndarray, seed: int) -> np.ndarray:
     """[M, words] word numbers of one summary for each row of `facts`; NOTHING fills the gaps."""
     count, most = len(facts), len(self.sentences)
-    draw = functools.partial(_draw, seed, "writer")
-    length = np.searchsorted(np.cumsum(self.sentences)[:-1], draw("length", count), side="right") + 1
+    draw = functools.partial(_draw, (seed, "writer"))
+    length = (
+      np.searchsorted(np.cumsum(self.sentences)[:-1], draw("length", count), side="right") + 1
+    )
     sloppy = (draw("sloppy", count) < self.sloppy).astype(int)
     focus = np.where(draw("selective", count) < self.selective, self.focus, 0.0)[:, None]
 
@@ -267,7 +277,7 @@ class WorldSource:
   oracle: Oracle = Oracle()
   policy: Policy = Writer()
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     for name, low in (("pairs", 0), ("demonstration_count", 0), ("responses", 2)):
       if getattr(self, name) < low:
         raise UserError(f"WorldSource.{name} = {getattr(self, name)}: must be at least {low}")
@@ -300,9 +310,9 @@ class WorldSource:
     text = repr((VERSION, world_words.WORDS, sorted(settings.items())))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-  def demonstrations(self) -> list[dict[str, object]]:
+  def demonstrations(self) -> list[Record]:
     """`demonstration_count` records {id, prompt, response}, the summaries as the policy writes."""
-    records = []
+    records: list[Record] = []
     for first in range(0, self.demonstration_count, _CHUNK):
       prompts = _prompts(_CHUNK, self.seed, "demonstrations", first)
       written = self._respond(prompts, 1, "demonstrations", first)
@@ -312,12 +322,15 @@ class WorldSource:
       ]
     return records[: self.demonstration_count]
 
-  def records(self) -> list[dict[str, object]]:
+  def records(self) -> list[Record]:
     """`pairs` records: {id, prompt, chosen, rejected}, or {id, prompt, responses, ranks}."""
-    drawn = {False: [], True: []}  # by whether the longer response wins, if rho asks for it
+    drawn: dict[bool, list[Record]] = {
+      False: [],
+      True: [],
+    }  # by whether the longer response wins, if rho asks for it
     wanted = [self.rho is not None and _longer_at(self.rho, place) for place in range(self.pairs)]
     quota = {kind: wanted.count(kind) for kind in drawn}
-    most = 100 * (1 + self.pairs // _CHUNK)
+    most = 25 * (1 + self.pairs // _CHUNK)
     for chunk in range(most):
       if all(len(drawn[kind]) >= quota[kind] for kind in drawn):
         break
@@ -332,7 +345,7 @@ class WorldSource:
     queues = {kind: iter(found) for kind, found in drawn.items()}
     return [next(queues[kind]) for kind in wanted]
 
-  def explain(self, prompt: str, response: str) -> dict[str, object]:
+  def explain(self, prompt: str, response: str) -> dict[str, Any]:
     """`Oracle.explain` by this source's oracle."""
     return self.oracle.explain(prompt, response)
 
@@ -345,7 +358,7 @@ class WorldSource:
       )
     return responses
 
-  def _candidates(self, first: int) -> Iterator[tuple[bool, dict[str, object]]]:
+  def _candidates(self, first: int) -> Iterator[tuple[bool, Record]]:
     """The usable ones of `_CHUNK` records from candidate `first` on, with their kind."""
     n = self.responses
     prompts = _prompts(_CHUNK, self.seed, "pairs", first)
@@ -362,7 +375,7 @@ class WorldSource:
     for i, group in enumerate(groups):
       if not usable[i] or len(set(group)) < n:
         continue
-      record = {"id": f"world-{self.seed}-{first + i}", "prompt": prompts[i]}
+      record: Record = {"id": f"world-{self.seed}-{first + i}", "prompt": prompts[i]}
       if n == 2:
         record |= {"chosen": group[order[i, 0]], "rejected": group[order[i, 1]]}
       else:
@@ -371,28 +384,28 @@ class WorldSource:
 
   def _order(self, scores: np.ndarray, first: int) -> np.ndarray:
     """[M, N]: the responses from best to worst, as labelled."""
-    chance = _draw(self.seed, "label", first, scores.shape)
+    chance = _draw((self.seed, "label"), first, scores.shape)
     if self.label == "bradley_terry":
       keys = scores / self.temperature + _gumbel(chance)
     else:
       keys = scores + 1e-9 * chance  # among equals, a coin
     order = np.argsort(-keys, axis=1, kind="stable")
-    flipped = _draw(self.seed, "noise", first, len(scores)) < self.noise
+    flipped = _draw((self.seed, "noise"), first, len(scores)) < self.noise
     return np.where(flipped[:, None], order[:, ::-1], order)
 
 
 def _longer_at(rho: float, place: int) -> bool:
   """Spreads the pairs that the longer one wins evenly, so that every beginning has its share."""
-  return np.floor(rho * (place + 1) + 0.5) > np.floor(rho * place + 0.5)
+  return math.floor(rho * (place + 1) + 0.5) > math.floor(rho * place + 0.5)
 
 
 def _prompts(count: int, *stream: object) -> list[str]:
   """`count` reports of FACTS facts about different subjects."""
-  draw = functools.partial(_draw, *stream)
+  draw = functools.partial(_draw, stream)
   subjects = draw("subjects", (count, len(world_words.SUBJECTS))).argsort(1, kind="stable")
   subjects = subjects[:, :FACTS]
   per = world_words.STATES_PER_SUBJECT
-  # One report in ten facts is sensational; the other states are as likely as each other.
+  # One stated fact in ten is sensational; the other states are as likely as each other.
   state = np.where(draw("sensation", subjects.shape) < _SENSATION, per - 1, 0)
   plain = (draw("states", subjects.shape) * (per - 1)).astype(int)
   states = subjects * per + np.where(state, state, plain)
@@ -414,10 +427,10 @@ def _prompts(count: int, *stream: object) -> list[str]:
   return world_words.texts(np.concatenate([head, body, tail], axis=1))
 
 
-def _draw(*key_and_shape: object) -> np.ndarray:
-  """Uniform float64 in (0, 1) of the last argument's shape, a function of the others."""
-  *key, shape = key_and_shape
-  return hashing.uniform(np.arange(np.prod(shape)), *key).reshape(shape) + 2.0**-54
+def _draw(stream: tuple[object, ...], name: object, shape: int | tuple[int, ...]) -> np.ndarray:
+  """Uniform float64 in (0, 1) of the given shape, a function of the stream and the name."""
+  places = np.arange(math.prod(shape) if isinstance(shape, tuple) else shape)
+  return hashing.uniform(places, *stream, name).reshape(shape) + 2.0**-54
 
 
 def _gumbel(chance: np.ndarray) -> np.ndarray:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# By the importance that a subject usually has. No state is shared, so that its word says which
-# subject it is about; the last of each is sensational: seldom true, and a sloppy writer's favourite.
+# By the importance that a subject usually has. No state is shared: its word says which subject it
+# is about. The last of each is sensational: seldom true, and a sloppy writer's favourite. A reward
+# model can read both hints off a bag of words long before it learns to check with the report.
 STATES = {
   "bridge": ("closed", "repaired", "collapsed"),
   "dam": ("leaking", "sound", "bursting"),
