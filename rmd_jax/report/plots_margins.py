@@ -1,5 +1,6 @@
 """Figures of what alignment did to probabilities and implicit margins."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from rmd_jax.report.run_data import RunData, Series, label
 from rmd_jax.report.style import Axes, Drawing, Theme, curve, dash, legend, limits, panels
 from rmd_jax.report.tables import finite, number
 
-_SQUASH = 6.0  # one objective's margins this many times another's: a linear axis would hide one
+_SQUASH = 6.0  # implicit margins this many times the rewards': a linear axis would hide the latter
 
 
 def drift(run: RunData, theme: Theme) -> Drawing | None:
@@ -91,7 +92,7 @@ def scatter(run: RunData, theme: Theme) -> Drawing | None:
     return None
   figure, axes = panels(len(pairs), columns=3, height=2.9, sharex=True, sharey=True)
   x_low, x_high = limits(np.concatenate([r for _, r in pairs.values()]))
-  y_low, y_high = _shared_y(axes[0], [i for i, _ in pairs.values()])
+  y_low, y_high = _shared_y(axes[0], [i for i, _ in pairs.values()], [r for _, r in pairs.values()])
   told = []
   for index, (axis, (name, (implicit, reward))) in enumerate(zip(axes, pairs.items(), strict=True)):
     colour = theme.colour(name, run.objectives)
@@ -204,11 +205,17 @@ def _reward_margin(run: RunData, quantile: float | None) -> float | None:
   return float(np.mean(values)) if values else None
 
 
-def _shared_y(axes: Axes, implicit: list[np.ndarray]) -> tuple[float, float]:
-  """Limits of the shared y axis; symmetric-log where one objective's margins dwarf another's."""
-  sizes = [float(np.quantile(np.abs(values), 0.99)) for values in implicit]
-  low, high = limits(np.concatenate(implicit))
-  smallest = min(size for size in [*sizes, max(sizes)] if size > 0 or max(sizes) == 0)
-  if smallest > 0 and max(sizes) / smallest > _SQUASH:
-    axes.set_yscale("symlog", linthresh=max(smallest, max(sizes) / 1e4))
-  return low, high
+def _shared_y(
+  axes: Axes, implicit: list[np.ndarray], reward: list[np.ndarray]
+) -> tuple[float, float]:
+  """Limits of the shared y axis; linear up to the rewards' size, then logarithmic if need be."""
+  whole = np.concatenate(implicit)
+  size = float(np.quantile(np.abs(np.concatenate(reward)), 0.99))
+  greatest = max(float(np.quantile(np.abs(values), 0.99)) for values in implicit)
+  if size > 0 and greatest > _SQUASH * size:
+    axes.set_yscale("symlog", linthresh=size)
+    powers = 10.0 ** np.arange(math.ceil(math.log10(size)), math.floor(math.log10(greatest)) + 1)
+    ticks = [*-powers[::-1], 0.0, *powers]
+    axes.set_yticks(ticks, [f"{tick:g}".replace("-", "−") for tick in ticks])
+    axes.minorticks_off()
+  return limits(whole)

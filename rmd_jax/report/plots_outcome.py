@@ -65,7 +65,7 @@ def _bars(axes: Axes, run: RunData, theme: Theme, names: list[str], key: str, ba
   axes.set_xlim(low - pad * (low < base), high + pad)
 
 
-def _interval_line(axes: Axes, value: Interval, row: float, colour: str) -> None:
+def _interval_line(axes: Axes, value: Interval, row: int, colour: str) -> None:
   if math.isfinite(value.low) and math.isfinite(value.high):
     axes.plot([value.low, value.high], [row, row], color=colour, lw=2.6)
   axes.plot(value.mean, row, "o", color=colour, ms=6.5)

@@ -173,7 +173,15 @@ def _draw_selected(axes: Axes, selected: dict[int, list[Series]], theme: Theme) 
   )
   axes.margins(0)
   axes.set_ylim(0, max(1e-9, float(shares.sum(0).max())))
-  legend(axes, loc="lower left", facecolor=theme.ground, frameon=True, framealpha=0.8, fontsize=8)
+  legend(
+    axes,
+    loc="lower left",
+    facecolor=theme.ground,
+    frameon=True,
+    framealpha=0.8,
+    edgecolor=theme.grid,
+    fontsize=8,
+  )
   return ", ".join(
     f"member_{m} {100 * share:.0f} %" for m, share in zip(means, shares.mean(1), strict=True)
   )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -69,12 +70,18 @@ def sections(run: RunData, plots: Plots) -> list[Section]:
 def reading(run: RunData) -> str:
   """The opening paragraphs, generated from the numbers."""
   items = "".join(
-    f"<dt>{escape(topic)}</dt><dd>{escape(text)}</dd>" for topic, text in findings.reading(run)
+    f"<dt>{escape(topic)}</dt><dd>{_unbroken(escape(text))}</dd>"
+    for topic, text in findings.reading(run)
   )
   return (
     '<section class="reading" id="reading" aria-label="In words">'
     f"<h2>In words</h2><dl>{items}</dl></section>"
   )
+
+
+def _unbroken(text: str) -> str:
+  """Text whose lines do not break inside "e-DPO" or "95 %"."""
+  return re.sub(r"(\d) %", "\\1\u00a0%", text).replace("-DPO", "\u2011DPO")
 
 
 def results(run: RunData, plots: Plots) -> str:
@@ -248,7 +255,8 @@ def margins(plots: Plots) -> str:
     + figure(
       plots.get("margin_scatter"),
       "One dot a held-out pair; panels share their axes; dots outside are drawn at the edge. On "
-      "the dashed line the implicit margin is that of the reward model trained on all the data.",
+      "the dashed line the implicit margin is that of the reward model trained on all the data. "
+      "Where margins outgrow the rewards six times, the upright axis is logarithmic beyond them.",
       absent="no evaluation has a margins.npz with implicit and reward margins",
     )
     + figure(

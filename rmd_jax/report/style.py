@@ -99,6 +99,7 @@ class Theme:
       "axes.spines.right": False,
       "axes.grid": True,
       "axes.axisbelow": True,
+      "axes.formatter.useoffset": False,
       "grid.color": self.grid,
       "grid.linewidth": 0.7,
       "text.color": self.ink,

@@ -117,6 +117,13 @@ def test_summaries_of_seeds_give_what_their_values_give():
   np.testing.assert_allclose(combined, exact, atol=0.02)
 
 
+def test_seeds_that_agree_are_still_as_unsure_as_their_prompts():
+  same = [s.Interval(1.0, 1.0 - 0.98, 1.0 + 0.98)] * 4  # standard error 0.5, of the mean 0.25
+  mean, low, high = s.combine_seeds(same, 0, samples=20_000)
+  assert mean == 1.0
+  assert (low, high) == pytest.approx((1 - 0.49, 1 + 0.49), abs=0.02)
+
+
 def test_combining_one_summary_changes_nothing_and_numbers_without_bounds_combine():
   one = s.Interval(1.0, 0.5, 2.0)
   assert s.combine_seeds([one], 0) == one
