@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from rmd_jax.data.batch import Batch
 from rmd_jax.errors import UserError
 from rmd_jax.models import logprobs, sampling
-from rmd_jax.models.transformer import Transformer, TransformerConfig, output_table, places
+from rmd_jax.models.attention import Places, places
+from rmd_jax.models.transformer import Transformer, TransformerConfig, output_table
 
 Tree = dict[str, Any]
 
@@ -120,7 +121,7 @@ class Decoder(TransformerConfig):
       raise UserError("Decoder.vocab_size is not set; give the number of token ids.")
     prompt, response = places(jnp.ones(1, jnp.int32), jnp.ones((1, 1), jnp.int32), (1, 1))
     ids = jnp.zeros((1, 2), jnp.int32)
-    return Transformer(self).init(rng, ids, ids, prompt, response)["params"]
+    return Transformer(self).init(rng, ids, Places(ids, ids), prompt, response)["params"]
 
   def _hidden(
     self, params: Tree, batch: Batch
@@ -133,13 +134,10 @@ class Decoder(TransformerConfig):
     def joined(of_prompt: Array, of_response: Array) -> Array:
       return jnp.concatenate([of_prompt, of_response.reshape(b, n * r)], axis=1)
 
+    at = Places(*map(joined, prompt, response))
     # Ids in padding may be anything: outside the vocabulary, the lookup would give NaN.
-    tokens = jnp.where(
-      joined(prompt.segment, response.segment) > 0, joined(batch.prompt, batch.responses), 0
-    )
-    hidden, _ = Transformer(self).apply(
-      {"params": params}, tokens, joined(prompt.position, response.position), prompt, response
-    )
+    tokens = jnp.where(at.segment > 0, joined(batch.prompt, batch.responses), 0)
+    hidden, _ = Transformer(self).apply({"params": params}, tokens, at, prompt, response)
     return hidden[:, :p], hidden[:, p:].reshape(b, n, r, -1)
 
   def _predicting(self, params: Tree, batch: Batch) -> Float[Array, "B N R D"]:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rmd_jax.errors import UserError
+from rmd_jax.models.attention import Places, places
 from rmd_jax.models.logprobs import logits as project
 from rmd_jax.models.transformer import (
   Cache,
   Transformer,
   TransformerConfig,
   output_table,
-  places,
 )
 
 
@@ -134,7 +134,7 @@ def sample(
   )(rows)
   at_prompt, _ = places(prompt_length, jnp.zeros((b, samples), jnp.int32), (p, max_tokens))
   tokens = jnp.where(at_prompt.segment > 0, prompt, 0)
-  hidden, (prompt_key, prompt_value) = apply(tokens, at_prompt.position, at_prompt)
+  hidden, (prompt_key, prompt_value) = apply(tokens, at_prompt, at_prompt)
   hidden = jnp.take_along_axis(hidden, (prompt_length - 1)[:, None, None], axis=1)
   empty = jnp.zeros(
     (config.layers, b, samples, max_tokens, *prompt_key.shape[3:]), prompt_key.dtype
@@ -163,9 +163,9 @@ def sample(
     _, at_response = places(
       prompt_length, jnp.full((b, samples), step + 1, jnp.int32), (p, max_tokens)
     )
-    position = jnp.broadcast_to(prompt_length[:, None] + step, (b, samples))
+    at = Places(*(jax.lax.dynamic_index_in_dim(x, step, 2, keepdims=False) for x in at_response))
     hidden, (key, value) = apply(
-      token, position, at_prompt, at_response,
+      token, at, at_prompt, at_response,
       Cache(prompt_key, prompt_value, state.key, state.value), step,
     )  # fmt: skip
     return State(

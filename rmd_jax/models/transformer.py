@@ -1,23 +1,20 @@
 """The decoder's network: a Linen transformer over one prompt and N responses an example.
 
 Tokens travel as one array [B, P + N*R, D], prompt first, so that every projection is a single
-matrix product; only attention tells the two apart. A response token attends to the prompt and to
-the earlier tokens of its own response, in two blocks under one softmax; R x R' of different
-responses is never computed. What may be seen is a function of segment and logical position, which
-`places` derives from the lengths, and never of the array index.
+matrix product; only attention tells the two apart.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from rmd_jax.errors import UserError
+from rmd_jax.models.attention import Keys, Places, Rotation, attend, rotate
 
 ACTIVATIONS = {"silu": nn.silu, "gelu": nn.gelu}
 REMAT_POLICIES = {
@@ -35,7 +32,6 @@ SIZES = (
   "mlp_width",
   "logit_chunk",
 )
-HIDDEN = -1e30  # finite: a query that sees nothing must stay free of NaN
 
 
 def speed_only(default: Any) -> Any:
@@ -116,24 +112,6 @@ class TransformerConfig:
     return self.heads // self.kv_heads
 
 
-class Places(NamedTuple):
-  """Where tokens stand: a query sees the keys of its own segment at no later position.
-
-  Segment 0 is padding, which nothing sees.
-  """
-
-  segment: Int[Array, "..."]
-  position: Int[Array, "..."]
-
-
-class Keys(NamedTuple):
-  """Keys and values, [..., T, G, C] each, and where they stand, [..., T]."""
-
-  key: Float[Array, "... T G C"]
-  value: Float[Array, "... T G C"]
-  places: Places
-
-
 class Cache(NamedTuple):
   """Keys and values while sampling S responses to each of B prompts; a layer sees its own slice."""
 
@@ -141,109 +119,6 @@ class Cache(NamedTuple):
   prompt_value: Float[Array, "*L B P G C"]
   key: Float[Array, "*L B S R G C"]
   value: Float[Array, "*L B S R G C"]
-
-
-class Rotation(NamedTuple):
-  """Rotary angles of each token, one for each pair of a head's channels."""
-
-  cos: Float[Array, "B T 1 E"]
-  sin: Float[Array, "B T 1 E"]
-
-
-def places(
-  prompt_length: Int[Array, " B"], response_length: Int[Array, "B N"], size: tuple[int, int]
-) -> tuple[Places, Places]:
-  """Segments and positions of [B, P] prompt and [B, N, R] response tokens, `size` = (P, R).
-
-  A response's positions continue from its prompt's true length.
-  """
-  batch, responses = response_length.shape
-  p = jnp.arange(size[0], dtype=jnp.int32)
-  r = jnp.arange(size[1], dtype=jnp.int32)
-  prompt = Places(
-    (p[None] < prompt_length[:, None]).astype(jnp.int32),
-    jnp.broadcast_to(p[None], (batch, size[0])),
-  )
-  response = Places(
-    (r[None, None] < response_length[:, :, None]).astype(jnp.int32),
-    jnp.broadcast_to(prompt_length[:, None, None] + r[None, None], (batch, responses, size[1])),
-  )
-  return prompt, response
-
-
-def visible(query: Places, key: Places) -> Bool[Array, "... Q T"]:
-  """Which keys [..., T] each query [..., Q] may attend to."""
-  same = query.segment[..., :, None] == key.segment[..., None, :]
-  return (
-    same
-    & (key.segment[..., None, :] > 0)
-    & (key.position[..., None, :] <= query.position[..., :, None])
-  )
-
-
-def rotate(x: Float[Array, "B T H C"], turn: Rotation) -> Float[Array, "B T H C"]:
-  """Rotary embedding in the half-split convention (Su et al., arXiv 2104.09864; as Llama)."""
-  first, second = jnp.split(x.astype(turn.cos.dtype), 2, axis=-1)
-  rotated = [first * turn.cos - second * turn.sin, second * turn.cos + first * turn.sin]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def attend(
-  query: Float[Array, "B N Q H C"], at: Places, own: Keys, shared: Keys | None = None
-) -> Float[Array, "B N Q H C"]:
-  """Grouped-query attention to own keys [B, N, T, ...] and to keys [B, S, ...] that N share.
-
-  One softmax over both. Scores and softmax are in float32 or better. A query that sees nothing
-  gets some finite value.
-
-  Args:
-    query: queries; scaled here.
-    at: where they stand, [B, N, Q].
-    own: keys of the same row (example and response).
-    shared: keys of the prompt, which all N rows see; None if there are none.
-  """
-  b, n, q, h, c = query.shape
-  g = own.key.shape[-2]
-  e = h // g
-  exact = jnp.promote_types(query.dtype, jnp.float32)
-  # All axes that the blocks' products batch over come first, in one order for both: no score is
-  # ever transposed.
-  query = (query * jnp.asarray(c**-0.5, query.dtype)).reshape(b, n, q, g, e, c)
-  query = query.transpose(0, 3, 1, 4, 2, 5)  # [B, G, N, E, Q, C]
-  blocks = [
-    (
-      query.reshape(b, g, n, e * q, c),
-      own.key.transpose(0, 3, 1, 2, 4),
-      own.value.transpose(0, 3, 1, 2, 4),
-      visible(at, own.places)[:, None, :, None],
-    )
-  ]
-  if shared is not None:
-    rows = Places(*(leaf.reshape(b, n * q) for leaf in at))
-    blocks.append(
-      (
-        query.reshape(b, g, n * e * q, c),
-        shared.key.transpose(0, 2, 1, 3),
-        shared.value.transpose(0, 2, 1, 3),
-        visible(rows, shared.places).reshape(b, 1, n, 1, q, -1),
-      )
-    )
-  scores = []
-  for row, key, _, seen in blocks:
-    score = jnp.einsum("...qc,...tc->...qt", row, key, preferred_element_type=exact)
-    # Added, not selected: the backward pass then has nothing to do here.
-    scores.append(score.reshape(b, g, n, e, q, -1) + jnp.where(seen, 0.0, HIDDEN).astype(exact))
-  tops = [jax.lax.stop_gradient(score).max(-1, keepdims=True) for score in scores]
-  top = functools.reduce(jnp.maximum, tops[1:], tops[0])
-  masses = [jnp.exp(score - top) for score in scores]
-  total = sum(mass.sum(-1, keepdims=True) for mass in masses)
-  out = jnp.zeros((), exact)
-  for mass, (row, _, value, _) in zip(masses, blocks, strict=True):
-    weights = mass.reshape(*row.shape[:-1], -1).astype(value.dtype)
-    part = jnp.einsum("...qt,...tc->...qc", weights, value, preferred_element_type=exact)
-    out = out + part.reshape(b, g, n, e, q, c)
-  out = (out / total).astype(query.dtype)
-  return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, n, q, h, c)
 
 
 def named(init: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
@@ -301,6 +176,7 @@ class Layer(nn.Module):
     self,
     x: Float[Array, "T D"],
     turn: Rotation,
+    at: Places,
     prompt: Places,
     response: Places | None,
     cache: Cache | None,
@@ -322,11 +198,11 @@ class Layer(nn.Module):
     key = rotate(project("key", c.kv_heads, "kv_heads"), turn)
     value = project("value", c.kv_heads, "kv_heads")
     if cache is None:
-      mixed, kept = self.attention(query, key, value, prompt, response)
+      mixed, kept = self.attention(query, key, value, at, prompt, response)
     else:
       assert response is not None
       assert step is not None
-      mixed, kept = self.decode(query, key, value, prompt, response, cache, step)
+      mixed, kept = self.decode(query, key, value, at, prompt, response, cache, step)
     init = kernel(("heads", "head_dim", "embed"), inputs=2, scale=depth)
     out = weight("out", c.heads, c.head_dim, c.width, init=init)
     x = x + jnp.dot(mixed.reshape(x.shape[0], -1), out.reshape(-1, c.width))
@@ -343,28 +219,26 @@ class Layer(nn.Module):
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T G C"],
     value: Float[Array, "B T G C"],
+    at: Places,
     prompt: Places,
     response: Places | None,
   ) -> tuple[Float[Array, "B T H C"], tuple[Array, Array] | None]:
     """Attention within the call; prefill also returns the prompt's keys and values."""
-    b, p = prompt.position.shape
+    p = prompt.position.shape[1]
     of_prompt = Keys(key[:, :p], value[:, :p], prompt)
-    alone = jax.tree.map(lambda leaf: leaf[:, None], of_prompt)
-    mixed = attend(query[:, None, :p], alone.places, alone)[:, 0]
     if response is None:
-      return mixed, (key, value)
-    n, r = response.position.shape[1:]
-    query, key, value = (
-      leaf[:, p:].reshape(b, n, r, *leaf.shape[2:]) for leaf in (query, key, value)
-    )
-    answered = attend(query, response, Keys(key, value, response), of_prompt)
-    return jnp.concatenate([mixed, answered.reshape(b, n * r, *mixed.shape[2:])], axis=1), None
+      return attend(query, at, of_prompt, skip=p), (key, value)
+    size = response.position.shape
+    own_key, own_value = (x[:, p:].reshape(*size, *x.shape[2:]) for x in (key, value))
+    own = Keys(own_key, own_value, response)
+    return attend(query, at, of_prompt, own, skip=p), None
 
   def decode(
     self,
     query: Float[Array, "B S H C"],
     key: Float[Array, "B S G C"],
     value: Float[Array, "B S G C"],
+    at: Places,
     prompt: Places,
     response: Places,
     cache: Cache,
@@ -374,10 +248,8 @@ class Layer(nn.Module):
     kept = (key[:, :, None], value[:, :, None])
     key = jax.lax.dynamic_update_slice_in_dim(cache.key, kept[0], step, axis=2)
     value = jax.lax.dynamic_update_slice_in_dim(cache.value, kept[1], step, axis=2)
-    at = Places(*(jax.lax.dynamic_slice_in_dim(leaf, step, 1, axis=2) for leaf in response))
     shared = Keys(cache.prompt_key, cache.prompt_value, prompt)
-    mixed = attend(query[:, :, None], at, Keys(key, value, response), shared)
-    return mixed[:, :, 0], kept
+    return attend(query, at, shared, Keys(key, value, response)), kept
 
 
 class Transformer(nn.Module):
@@ -389,7 +261,7 @@ class Transformer(nn.Module):
   def __call__(
     self,
     tokens: Int[Array, "B T"],
-    position: Int[Array, "B T"],
+    at: Places,
     prompt: Places,
     response: Places | None = None,
     cache: Cache | None = None,
@@ -399,7 +271,7 @@ class Transformer(nn.Module):
 
     Args:
       tokens: ids, all within the vocabulary: prompt then responses, or one token a response.
-      position: logical positions of those tokens.
+      at: where those tokens stand, [B, T].
       prompt: where the prompt's tokens stand, [B, P].
       response: where the responses' tokens stand, [B, N, R]; None to prefill.
       cache: what was computed before, while decoding.
@@ -427,7 +299,7 @@ class Transformer(nn.Module):
     exact = jnp.promote_types(x.dtype, jnp.float32)
     exponent = jnp.arange(c.head_dim // 2, dtype=exact) / (c.head_dim // 2)
     frequency = c.rope_theta**-exponent
-    angle = position[:, :, None, None].astype(exact) * frequency[None, None, None]
+    angle = at.position[:, :, None, None].astype(exact) * frequency[None, None, None]
     turn = Rotation(jnp.cos(angle), jnp.sin(angle))
     block = Layer
     if c.remat != "none":
@@ -436,7 +308,7 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
+      in_axes=(*[nn.broadcast] * 4, 0, nn.broadcast),
       length=c.layers,
       unroll=1 if c.scan_layers else c.layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
@@ -444,7 +316,7 @@ class Transformer(nn.Module):
     )(c, name="layers")
     # Tokens lie on one axis inside: weight gradients of [B, T, D] operands cost twice as much on
     # CPU, where XLA transposes the wider one.
-    x, kept = layers(x.reshape(-1, c.width), turn, prompt, response, cache, step)
+    x, kept = layers(x.reshape(-1, c.width), turn, at, prompt, response, cache, step)
     return RMSNorm(c, name="final_norm")(x).reshape(*tokens.shape, c.width), kept
 
 
