@@ -85,9 +85,10 @@ def tokenise(
     responses = max((len(record.responses) for record in records), default=1)
   encoded, left_out = _encode(records, vocabulary)
   too_long = [row for row in encoded if max(map(len, row.responses)) + 1 > response_length]
-  if truncation == "leave_out" and too_long:
+  if truncation == "leave_out":
     left_out += [_too_long(records[row.row], row, response_length) for row in too_long]
-    encoded = [row for row in encoded if max(map(len, row.responses)) + 1 <= response_length]
+    gone = {row.row for row in too_long}
+    encoded = [row for row in encoded if row.row not in gone]
   kept = [records[row.row] for row in encoded]
 
   prompts, prompt_tokens = _concatenate([row.prompt for row in encoded])

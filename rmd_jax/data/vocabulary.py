@@ -254,7 +254,6 @@ def train_sentencepiece(
       normalization_rule_name="identity",
       remove_extra_whitespaces=False,
       add_dummy_prefix=False,
-      user_defined_symbols=["\n"],
       max_sentence_length=1 << 20,
       num_threads=1,  # the same pieces wherever it is trained
       minloglevel=2,
@@ -263,7 +262,7 @@ def train_sentencepiece(
     reason = str(error).splitlines()[-1]
     raise UserError(
       f"vocabulary: SentencePiece cannot learn {size} pieces from {len(lines)} lines: {reason}\n"
-      "Lower the size (the 256 bytes and 5 special pieces are always in), or use ByteVocabulary."
+      "Change the size as it says (256 bytes and 4 special pieces are always in), or use bytes."
     ) from error
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   Path(path).write_bytes(model.getvalue())

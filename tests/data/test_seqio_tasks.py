@@ -86,7 +86,7 @@ def test_a_file_as_a_task_gives_our_columns(seqio, tmp_path, kind):
   vocabulary = ByteVocabulary()
   if kind == "pieces":
     texts = [row["prompt"] + " " + row["chosen"] for row in ROWS]
-    vocabulary = train_sentencepiece(texts, 280, tmp_path / "sp.model")
+    vocabulary = train_sentencepiece(texts, 284, tmp_path / "sp.model")
   seqio_tasks.register("rmd_test_file", FileSource(str(path)), vocabulary=vocabulary, splits=ALL)
   converted = examples(seqio, "rmd_test_file", labels=("preference",))
   assert set(converted[0]) == {

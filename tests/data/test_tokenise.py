@@ -119,7 +119,7 @@ def test_a_response_that_just_fits_is_not_cut():
 
 
 def test_examples_left_out_are_counted_and_named():
-  records = [record("a", "toolong", "x", line=4), record("abcdefg", "b", "c", line=5)]
+  records = [record("a", "wxyz", "x", line=4), record("abcdefg", "bcd", "c", line=5)]
   done = tokenise(records, BYTES, prompt_length=4, response_length=4, truncation="leave_out")
   assert done.rows.tolist() == [1]
   assert len(done.dataset) == 1
@@ -127,7 +127,7 @@ def test_examples_left_out_are_counted_and_named():
   assert done.counts["responses_truncated"] == 0
   assert done.counts["prompts_truncated"] == 1
   assert [(problem.line, problem.severity) for problem in done.left_out] == [(4, "warning")]
-  assert "8 tokens, more than 4" in done.left_out[0].what
+  assert "5 tokens, more than 4" in done.left_out[0].what
 
 
 def test_texts_that_the_vocabulary_cannot_write_are_unusable_not_dropped():

@@ -77,6 +77,12 @@ def test_pieces_give_texts_back_with_their_white_space(pieces):
     assert pieces.decode(pieces.encode(text)) == text
 
 
+def test_pieces_of_two_texts_are_the_two_texts(pieces):
+  # No space comes in at the boundary of prompt and response, which are tokenised apart.
+  assert pieces.decode(pieces.encode("Human: ba") + pieces.encode("cor")) == "Human: bacor"
+  assert len(pieces.encode("a\nb")) == len(pieces.encode("a")) + 1 + len(pieces.encode("b"))
+
+
 def test_pieces_have_their_special_ids(pieces, texts):
   assert (pieces.size, pieces.pad_id, pieces.eos_id, pieces.bos_id) == (320, 0, 1, 3)
   ids = pieces.encode(texts[0])
