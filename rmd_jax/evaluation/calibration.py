@@ -152,7 +152,8 @@ def agreement(
   """
   signs = np.sign(np.asarray(margins, float))
   weights = np.ones(signs.shape[1]) if weights is None else np.asarray(weights, float)
-  return (1 + (signs * (weights / weights.sum())) @ signs.T) / 2
+  shares = (1 + (signs * (weights / weights.sum())) @ signs.T) / 2
+  return np.clip(shares, 0.0, 1.0)  # rounding must not print as -0.00
 
 
 def disagreement(margins: Real[np.ndarray, "K M"]) -> Float[np.ndarray, " M"]:

@@ -7,7 +7,17 @@ import numpy as np
 
 from rmd_jax.evaluation.statistics import correlation
 from rmd_jax.report.run_data import RunData, Series, label
-from rmd_jax.report.style import Axes, Drawing, Theme, curve, dash, legend, limits, panels
+from rmd_jax.report.style import (
+  Axes,
+  Drawing,
+  Theme,
+  curve,
+  dash,
+  legend,
+  limits,
+  panels,
+  step_axis,
+)
 from rmd_jax.report.tables import finite, number
 
 _SQUASH = 6.0  # implicit margins this many times the rewards': a linear axis would hide the latter
@@ -38,7 +48,7 @@ def drift(run: RunData, theme: Theme) -> Drawing | None:
     ends = [_last(chosen[name][0]), _last(rejected[name][0])]
     told.append(f"{label(name)} {number(ends[0], 'signed')} and {number(ends[1], 'signed')}")
   for axis in axes[max(0, len(names) - 3) :]:
-    axis.set_xlabel("step")
+    step_axis(axis)
   legend(axes[0], loc="lower left")
   return figure, (
     "Mean log-ratio of preferred and dispreferred responses over training. At the last step, "
@@ -78,7 +88,7 @@ def growth(run: RunData, theme: Theme) -> Drawing | None:
     if target is not None:
       axis.axhline(target, color=theme.ink, lw=1.1, ls=dash(2), label="reward model")
     axis.set_title(f"{title} of the implicit margin β·Δh")
-    axis.set_xlabel("step")
+    step_axis(axis)
     told = told or "; ".join(f"{label(name)} {number(end)}" for name, end in ends)
   axes[0].set_ylabel("reward units")
   axes[0].legend(ncols=2)
@@ -130,7 +140,8 @@ def histogram(run: RunData, theme: Theme) -> Drawing | None:
     return None
   figure, axes = panels(len(pairs), columns=3, height=2.3, sharex=True, sharey=True)
   low, high = _histogram_range(pairs)
-  edges = np.linspace(low, high, 60)
+  least = min(len(reward) for _, reward in pairs.values())
+  edges = np.linspace(low, high, int(np.clip(2 * math.sqrt(least), 12, 60)))
   told = []
   for index, (axis, (name, (implicit, reward))) in enumerate(zip(axes, pairs.items(), strict=True)):
     colour = theme.colour(name, run.objectives)

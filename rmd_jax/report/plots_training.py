@@ -19,6 +19,7 @@ from rmd_jax.report.style import (
   mean_over_seeds,
   panels,
   rolling,
+  step_axis,
 )
 from rmd_jax.report.tables import number
 
@@ -45,7 +46,7 @@ def learning(run: RunData, theme: Theme) -> Drawing | None:
       style = "-" if held_out or colour is not None else dash(2)
       curve(axis, series, shade, style=style, label=name, smooth=not held_out, points=held_out)
     axis.set_title(f"{_TITLES[stage]}: {kind}")
-    axis.set_xlabel("step")
+    step_axis(axis)
     axis.set_ylabel("nats" if kind == "loss" else "share of pairs")
     legend(axis, ncols=2 if len(lines) > 3 else 1, fontsize=8)
     ends = [f"{name} {number(_end(series))}" for name, _, _, series in lines[:8]]
@@ -64,7 +65,10 @@ def _lines(
       if match:
         members.setdefault((int(match[2]), match[1] is not None), []).append(series)
   if members:
-    held_out = any(evaluated for _, evaluated in members)
+    # A single evaluation is a dot, not a curve: the training curve then tells more.
+    held_out = any(
+      evaluated and max(len(x) for x, _ in s) > 1 for (_, evaluated), s in members.items()
+    )
     return [
       ("all data" if index == 0 else f"member_{index}", held_out, index, series)
       for (index, evaluated), series in sorted(members.items())
@@ -103,7 +107,7 @@ def alignment(run: RunData, theme: Theme) -> Drawing | None:
       held_out = key.startswith("eval")
       curve(axis, series, colour, style=style, label=what, smooth=not held_out, points=held_out)
     axis.set_title(label(name), color=colour)
-    axis.set_xlabel("step")
+    step_axis(axis)
   if names:
     axes[0].set_ylabel("loss")
     legend(axes[0])
@@ -114,7 +118,7 @@ def alignment(run: RunData, theme: Theme) -> Drawing | None:
       curve(axes[-1], series, colour, style=dash(index), label=label(name), smooth=not held_out)
       told.append(f"{label(name)} {number(_end(series))}")
     axes[-1].set_title("Implicit accuracy")
-    axes[-1].set_xlabel("step")
+    step_axis(axes[-1])
     axes[-1].set_ylabel("share of pairs")
     if not names:
       legend(axes[-1])
@@ -150,7 +154,7 @@ def ensemble(run: RunData, theme: Theme) -> Drawing | None:
     right.set_ylabel("implicit − member's margin")
     legend(right)
     for axis in (left, middle, right):
-      axis.set_xlabel("step")
+      step_axis(axis)
   return figure, f"Selected members over training. Mean share, {'; '.join(told)}."
 
 

@@ -115,12 +115,13 @@ def label(objective: str) -> str:
 
 
 def judge_of(run: RunData) -> str:
-  """Who scored the samples, with an article."""
+  """Who scored the samples, with an article; "nobody yet" before the first evaluation."""
   for objective in run.objectives:
     for evaluation in run.evaluations(objective):
       if isinstance(name := evaluation.values.get("judge"), str):
         return name if name.startswith(("a ", "an ", "the ")) else f"the {name}"
-  return "an unnamed judge"
+      return "an unnamed judge"
+  return "nobody yet"
 
 
 def interval_of(value: Any) -> Interval | None:
@@ -291,6 +292,8 @@ def _read_margins(folder: Path, root: Path, missing: list[str]) -> dict[str, np.
 
 def _read_scores(folder: Path, root: Path, missing: list[str]) -> dict[str, np.ndarray]:
   path = folder / "scores.npz"
+  if not path.exists():  # samples.jsonl serves instead, with fewer samples
+    return {}
   arrays = _read_arrays(path, root, missing, "scores of every sample") or {}
   good = {n: arrays[n] for n in _SCORE_COLUMNS if n in arrays and arrays[n].ndim == 2}
   if len({array.shape for array in good.values()}) > 1:

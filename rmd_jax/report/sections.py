@@ -370,7 +370,7 @@ def _is_histogram(value: Any) -> bool:
 
 def _plain(value: Any) -> str:
   if isinstance(value, Mapping):
-    return ", ".join(f"{escape(k)} {_plain(v)}" for k, v in value.items())
+    return ", ".join(f"{escape(k).replace('_', ' ')} {_plain(v)}" for k, v in value.items())
   if isinstance(value, bool) or not isinstance(value, int | float):
     return escape(value if isinstance(value, str) else json.dumps(value, default=str))
   return f"{value:,}" if isinstance(value, int) else number(value)

@@ -226,6 +226,14 @@ def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return x[keep], y[keep]
 
 
+def step_axis(axes: Axes) -> None:
+  """Names the x axis of a training curve; there are no half steps."""
+  from matplotlib.ticker import MaxNLocator
+
+  axes.set_xlabel("step")
+  axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+
+
 def legend(axes: Axes, **options: Any) -> None:
   """A legend where there is anything to name."""
   if axes.get_legend_handles_labels()[0]:
