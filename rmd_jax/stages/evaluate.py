@@ -2,7 +2,7 @@
 
 Reads   SFT and aligned checkpoints, scores of the test split, the judge.
 Writes  evaluate/reward.json, evaluate/reference/, evaluate/<objective>/{evaluation.json,
-        margins.npz, samples.jsonl}.
+        margins.npz, scores.npz, samples.jsonl}.
 """
 
 import dataclasses
@@ -198,7 +198,8 @@ class Evaluation:
 
   def policy(self, directory: Path, name: str, align: Align) -> None:
     """One aligned policy against the reference."""
-    context = self.context
+    context, seed = self.context, self.context.seed
+    prompts = np.repeat(np.arange(len(self.prompts)), self.options.samples)
     params = load_params(context.directory / "align" / name)[0]["shared"]
     reference, reference_scores = Generated.load(
       context.directory / "evaluate" / "reference" / "samples.npz"
@@ -213,7 +214,7 @@ class Evaluation:
     comparison = self.compare(generated, scores, reference, reference_scores)
     evaluation = {
       "objective": name,
-      "seed": context.seed,
+      "seed": seed,
       "beta": held_out["beta"],
       "judge": self.judge.name,
       **comparison,
@@ -222,12 +223,16 @@ class Evaluation:
       "length_policy": float(generated.length.mean()),
       "length_reference": float(reference.length.mean()),
       "finished_policy": float(generated.finished.mean()),
-      "kl_forward": float(-forward.mean()),
-      "kl_reverse": float(backward.mean()),
+      "kl_forward": statistics.kl_forward(forward.ravel(), seed, prompts=prompts).json(),
+      "kl_reverse": statistics.kl_reverse(backward.ravel(), seed, prompts=prompts).json(),
       **held_out,
     }
     write_json(directory / "evaluation.json", evaluation)
     inference.save_arrays(directory / "margins.npz", margins)
+    lengths = {"policy_length": generated.length, "reference_length": reference.length}
+    inference.save_arrays(
+      directory / "scores.npz", {"policy": scores, "reference": reference_scores, **lengths}
+    )
     lines = self.side_by_side(generated, scores, reference, reference_scores)
     write_atomic(directory / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -252,9 +257,9 @@ class Evaluation:
       samples=resamples,
     )
     return {
-      "advantage": interval(advantage) | {"n": len(self.prompts)},
-      "win_rate": interval(win),
-      "win_rate_length_controlled": interval(controlled),
+      "advantage": advantage.json(n=len(self.prompts)),
+      "win_rate": win.json(),
+      "win_rate_length_controlled": controlled.json(),
     }
 
   def margins(self, params: Any, align: Align) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -352,8 +357,3 @@ def preferences(dataset: Dataset) -> np.ndarray:
   if dataset.preference is None:
     return np.ones(len(dataset))
   return dataset.preference.astype(float)
-
-
-def interval(values: Any) -> dict[str, float]:
-  """An interval as evaluation.json has it."""
-  return {"mean": float(values.mean), "low": float(values.low), "high": float(values.high)}

@@ -7,7 +7,6 @@ Writes  RUN/config.gin, RUN/run.json, RUN/log.txt, RUN/seed_S/<stage>/, RUN/repo
 import contextlib
 import dataclasses
 import fcntl
-import logging
 import platform
 import shlex
 import sys
@@ -29,6 +28,7 @@ from rmd_jax.stages.evaluate import Evaluate
 from rmd_jax.stages.reward import Judge, Reward
 from rmd_jax.stages.score import Score
 from rmd_jax.stages.sft import Sft
+from rmd_jax.training import preemption
 from rmd_jax.training.files import make_directory, write_atomic, write_json
 from rmd_jax.training.loop import compilations
 from rmd_jax.training.partitioning import MeshConfig
@@ -268,27 +268,6 @@ def shorten(text: str, width: int = 160) -> str:
 
 
 @contextlib.contextmanager
-def logging_to_log() -> Iterator[None]:
-  """Lets what the library's parts say by `logging` appear where the run's own lines do."""
-  logger = logging.getLogger("rmd_jax")
-  handler = LogHandler()
-  logger.addHandler(handler)
-  logger.setLevel(logging.INFO)
-  try:
-    yield
-  finally:
-    logger.removeHandler(handler)
-
-
-class LogHandler(logging.Handler):
-  """Passes records on to the run's log."""
-
-  def emit(self, record: logging.LogRecord) -> None:
-    """Says the record's message."""
-    log(record.getMessage())
-
-
-@contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
   """Holds the run directory for this process."""
   with (directory / ".lock").open("a") as file:
@@ -317,7 +296,7 @@ def run(config: Config, directory: Path, *, only: str | None = None) -> int:
     RunError: training failed, or no checkpoint is good.
   """
   make_directory(directory)
-  with exclusive(directory), log_to(directory / "log.txt"), logging_to_log():
+  with preemption.handling(), exclusive(directory), log_to(directory / "log.txt"):
     started = time.monotonic()
     pipelines = [Pipeline(config, directory, seed, only) for seed in config.root.seeds]
     write_atomic(directory / "config.gin", config.operative)
@@ -329,9 +308,8 @@ def run(config: Config, directory: Path, *, only: str | None = None) -> int:
     log(f"compiled {programs} programs in {duration(seconds)}; {total} in all")
     write_json(directory / "run.json", record(pipelines, programs, seconds))
     if only in (None, "report"):
-      page = write_report(directory)
+      write_report(directory)
       print(terminal_table(directory))
-      print(f"report: {page}")
   return 0
 
 
