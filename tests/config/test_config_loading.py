@@ -103,7 +103,7 @@ def test_canonical_tells_what_matters(everything):
     "Run(source=Files(files=('a.jsonl','b.jsonl'),rho=None),align=Align(training=Training(steps=50,"
     "learning_rate=inf,schedule=toy_pipeline:ramp{'slope':3.0},donate=True),objective=DPO(beta=0.1,"
     "gamma=toy_pipeline:make_ramp{'slope':2.0}(),label_smoothing=0.0),hyper={'a':1.0,'b':-0.0025}),"
-    "objectives=(),seeds=(1,2),sizes=(3,1.0))"
+    "objectives=(),seeds=(1,2),sizes=(3,1.0),extra=None)"
   )
 
 

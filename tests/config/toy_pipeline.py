@@ -84,6 +84,7 @@ class Run:
   seeds: tuple[int, ...] = (0,)
   sizes: tuple[int, float] = (1, 1.0)
   label: str = dataclasses.field(default="", metadata={"key": False})
+  extra: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
