@@ -9,7 +9,15 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import jax  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")  # where a pytest plugin has imported jax already
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module")
+def x64():
+  """Double precision for one test module, and for no other."""
+  with jax.enable_x64(True):
+    yield

@@ -52,8 +52,9 @@ def nearest_in_hull(gram: Float[Array, "K K"], cross: Float[Array, " K"]) -> Flo
   """argmin over the simplex of λ'Gλ - 2 c'λ + ridge |λ - 1/K|^2, with exact zeros.
 
   A primal active-set method (Lawson and Hanson's for non-negative least squares, with the sum
-  constraint added). It starts at the best single member, every move lowers the objective, and each
-  solves one K x K system; about K moves are needed. So the value is, but for the ridge, never above that of `batch`.
+  constraint added). It starts at the best single member and every move lowers the objective, so
+  that, but for the ridge, its value is never above that of `batch`. A move solves one K x K
+  system; about K of them are needed.
 
   The ridge makes λ unique: 1e-6, or what the dtype resolves of G if that is more.
 

@@ -43,24 +43,34 @@ class Outcome(NamedTuple):
   state: MovingAverage | None
 
 
-@functools.partial(jax.jit, static_argnames=("selection", "form"))
-def run(h, r, mask, weights, selection, form="square", kappa=1.0, temperature=1.0):
-  def total(h, r):
-    losses, chosen = objectives.ensemble_distill(
-      h,
-      r,
-      beta=BETA,
-      selection=selection,
-      mask=mask,
-      weights=weights,
-      form=form,
-      kappa=kappa,
-      temperature=temperature,
-    )
-    return losses.sum(), (losses, chosen)
+def run(h, r, mask, weights, form="square", kappa=1.0, temperature=1.0):
+  """The outcome of every selection."""
+  return run_all(h, r, mask, weights, kappa, temperature, form)
 
-  gradients, (losses, chosen) = jax.grad(total, argnums=(0, 1), has_aux=True)(h, r)
-  return Outcome(losses, chosen.weights, *gradients, chosen.state)
+
+@functools.partial(jax.jit, static_argnames="form")  # all in one: compiling is what takes time
+def run_all(h, r, mask, weights, kappa, temperature, form):
+
+  def outcome(selection):
+    def total(h, r):
+      losses, chosen = objectives.ensemble_distill(
+        h,
+        r,
+        beta=BETA,
+        selection=selection,
+        mask=mask,
+        weights=weights,
+        form=form,
+        kappa=kappa,
+        temperature=temperature,
+      )
+      return losses.sum(), (losses, chosen)
+
+    gradients, (losses, chosen) = jax.grad(total, argnums=(0, 1), has_aux=True)(h, r)
+    return Outcome(losses, chosen.weights, *gradients, chosen.state)
+
+  selections = EVERY if form == "square" else STATELESS
+  return {selection: outcome(selection) for selection in selections}
 
 
 @functools.partial(jax.jit, static_argnames="form")
@@ -97,74 +107,71 @@ def test_bernoulli_form_has_a_bounded_gradient_and_the_square_has_not():
 
 
 @pytest.mark.parametrize("form", ["square", "bernoulli"])
-@pytest.mark.parametrize("selection", STATELESS)
-def test_selection_is_its_definition(selection, form):
+def test_every_selection_is_its_definition(form):
   for seed in range(4):
     h, r, mask, weights = case(seed)
-    outcome = run(h, r, mask, weights, selection, form)
-    expected, members = naive.ensemble(h, r, BETA, mask, weights, selection, form=form)
-    np.testing.assert_allclose(outcome.losses, expected, **CLOSE)
-    np.testing.assert_allclose(outcome.members, members, **CLOSE)
+    outcomes = run(h, r, mask, weights, form, kappa=0.4, temperature=0.7)
+    for selection in STATELESS:
+      expected, members = naive.ensemble(h, r, BETA, mask, weights, selection, 0.4, 0.7, form)
+      outcome = outcomes[selection]
+      np.testing.assert_allclose(outcome.losses, expected, **CLOSE, err_msg=selection)
+      np.testing.assert_allclose(outcome.members, members, **CLOSE, err_msg=selection)
 
 
-@pytest.mark.parametrize(("selection", "option"), [("lcb", "kappa"), ("soft", "temperature")])
-def test_kappa_and_temperature_reach_their_selections(selection, option):
-  h, r, mask, weights = case(1)
-  outcome = run(h, r, mask, weights, selection, **{option: 0.4})
-  expected, _ = naive.ensemble(h, r, BETA, mask, weights, selection, **{option: 0.4})
-  np.testing.assert_allclose(outcome.losses, expected, **CLOSE)
-
-
-@pytest.mark.parametrize("selection", EVERY)
-def test_one_member_is_distill(selection):
+def test_one_member_is_distill():
   h, r, mask, weights = case(2, members=1)
-  outcome = run(h, r, mask, weights, selection)
   losses, gradient = distill(h, r[0], mask)
-  np.testing.assert_allclose(outcome.losses, losses, **CLOSE)
-  np.testing.assert_allclose(outcome.by_h, gradient, **CLOSE)
-  np.testing.assert_array_equal(np.unique(outcome.members), [1.0])
+  for selection, outcome in run(h, r, mask, weights).items():
+    np.testing.assert_allclose(outcome.losses, losses, **CLOSE, err_msg=selection)
+    np.testing.assert_allclose(outcome.by_h, gradient, **CLOSE, err_msg=selection)
+    np.testing.assert_array_equal(np.unique(outcome.members), [1.0], err_msg=selection)
 
 
-@pytest.mark.parametrize("selection", ["batch", "example", "running", "worst"])
-def test_ties_take_the_lowest_index(selection):
+def test_ties_take_the_lowest_index():
   h, r, mask, weights = case(3, members=1)
-  members = np.array(run(h, np.concatenate([r] * K), mask, weights, selection).members)
-  assert (members[0] == 1.0).all()
-  assert (members[1:] == 0.0).all()
+  outcomes = run(h, np.concatenate([r] * K), mask, weights)
+  for selection in ("batch", "example", "running", "worst"):
+    members = np.array(outcomes[selection].members)
+    assert (members[0] == 1.0).all(), selection
+    assert (members[1:] == 0.0).all(), selection
 
 
-@pytest.mark.parametrize("selection", EVERY)
-def test_weights_and_targets_are_constants_in_the_gradient(selection):
-  h, r, mask, weights = case(4)
-  outcome = run(h, r, mask, weights, selection)
-  assert (np.array(outcome.by_r) == 0).all()
-  members = np.array(outcome.members)
+def slopes_with_the_choice_written_down(selection, members, h, r, mask):
+  """The gradient by h of the losses' sum, if what was selected were numbers from elsewhere."""
   if selection in ("mean", "hull"):
-    fixed = distill(h, np.einsum("k,kbn->bn", members, r), mask)[1]
-  elif selection == "lcb":  # no mixture of members: differentiate the definition numerically
-    fixed = np.zeros_like(h)
+    return distill(h, np.einsum("k,kbn->bn", members, r), mask)[1]
+  if selection == "lcb":  # no mixture of members: differentiate the definition numerically
+    slopes = np.zeros_like(h)
     for at in np.ndindex(*h.shape):
-      step = 1e-6 * np.eye(h.size)[np.ravel_multi_index(at, h.shape)].reshape(h.shape)
+      step = np.zeros_like(h)
+      step[at] = 1e-6
       up, down = (naive.lcb(h + s, r, BETA, mask, 1.0).sum() for s in (step, -step))
-      fixed[at] = (up - down) / 2e-6
-  else:
-    slopes = np.stack([distill(h, member, mask)[1] for member in r])
-    by_row = members if members.ndim == 2 else np.broadcast_to(members[:, None], (K, B))
-    fixed = np.einsum("kb,kbn->bn", by_row, slopes)
-  np.testing.assert_allclose(outcome.by_h, fixed, rtol=1e-7, atol=1e-8)
+      slopes[at] = (up - down) / 2e-6
+    return slopes
+  slopes = np.stack([distill(h, member, mask)[1] for member in r])
+  by_row = members if members.ndim == 2 else np.broadcast_to(members[:, None], (K, B))
+  return np.einsum("kb,kbn->bn", by_row, slopes)
+
+
+def test_weights_and_targets_are_constants_in_the_gradient():
+  h, r, mask, weights = case(4)
+  for selection, outcome in run(h, r, mask, weights).items():
+    assert (np.array(outcome.by_r) == 0).all(), selection
+    members = np.array(outcome.members)
+    fixed = slopes_with_the_choice_written_down(selection, members, h, r, mask)
+    np.testing.assert_allclose(outcome.by_h, fixed, rtol=1e-7, atol=1e-8, err_msg=selection)
 
 
 def test_example_weights_select_and_are_not_multiplied_in():
   h, mask = np.zeros((B, N)), np.ones((B, N), bool)
   r = np.zeros((K, B, N))
-  r[0, :, 0], r[1, :, 0], r[2, :, 0] = [1, 9, 9, 9, 9], [2, 0, 0, 0, 0], 99  # the first row's is 0
-  weights = np.eye(B)[0] * 7.0
-  outcome = run(h, r, mask, weights, "batch")
+  r[0, :, 0], r[1, :, 0], r[2, :, 0] = [1, 9, 9, 9, 9], [2, 0, 0, 0, 0], 99
+  only_the_first = np.eye(B)[0] * 7.0
+  outcome = run(h, r, mask, only_the_first)["batch"]
   np.testing.assert_array_equal(outcome.members, [1.0, 0.0, 0.0])
   np.testing.assert_allclose(outcome.losses, naive.distill(h, r[0], BETA, mask))
 
 
-@pytest.mark.parametrize("selection", EVERY)
 @quick
 @hypothesis.given(
   h=arrays.arrays(float, (B, N), elements=numbers),
@@ -172,16 +179,16 @@ def test_example_weights_select_and_are_not_multiplied_in():
   shift=arrays.arrays(float, (K, B, 1), elements=numbers),
   order=st.permutations(range(N)),
 )
-def test_neither_a_constant_per_prompt_nor_the_order_of_responses_matters(
-  selection, h, r, shift, order
-):
+def test_neither_a_constant_per_prompt_nor_the_order_of_responses_matters(h, r, shift, order):
   r = r + np.random.default_rng(0).normal(size=r.shape)  # no ties, which rounding would break
   mask, weights, order = np.ones((B, N), bool), np.ones(B), np.array(order)
-  before = run(h, r, mask, weights, selection)
-  after = run(h[:, order], (r + shift)[:, :, order], mask, weights, selection)
-  np.testing.assert_allclose(after.losses, before.losses, rtol=1e-6, atol=1e-7)
-  np.testing.assert_allclose(after.by_h, before.by_h[:, order], rtol=1e-6, atol=1e-7)
-  np.testing.assert_allclose(after.members, before.members, atol=1e-5)
+  before = run(h, r, mask, weights)
+  after = run(h[:, order], (r + shift)[:, :, order], mask, weights)
+  for name in EVERY:
+    old, new = before[name], after[name]
+    np.testing.assert_allclose(new.losses, old.losses, rtol=1e-6, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(new.by_h, old.by_h[:, order], rtol=1e-6, atol=1e-7, err_msg=name)
+    np.testing.assert_allclose(new.members, old.members, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("form", ["square", "bernoulli"])
@@ -200,15 +207,15 @@ def test_distill_has_both_invariances_in_value_and_gradient(form, h, r, shift, o
   np.testing.assert_allclose(moved, gradient[:, order], rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("selection", EVERY)
-def test_what_padding_holds_never_matters(selection):
+def test_what_padding_holds_never_matters():
   h, r, mask, weights = case(5)
   assert not mask.all()
-  clean = run(np.where(mask, h, 0.0), np.where(mask, r, 0.0), mask, weights, selection)
-  nan = run(np.where(mask, h, np.nan), np.where(mask, r, np.nan), mask, weights, selection)
+  clean = run(np.where(mask, h, 0.0), np.where(mask, r, 0.0), mask, weights)
+  nan = run(np.where(mask, h, np.nan), np.where(mask, r, np.nan), mask, weights)
   for one, other in zip(jax.tree.leaves(clean), jax.tree.leaves(nan), strict=True):
     np.testing.assert_array_equal(one, other)
-  assert (np.array(nan.by_h)[~mask] == 0).all()
+  for outcome in nan.values():
+    assert (np.array(outcome.by_h)[~mask] == 0).all()
 
 
 @pytest.mark.parametrize("form", ["square", "bernoulli"])
@@ -232,10 +239,9 @@ def test_fewer_than_two_responses_give_no_loss_and_no_gradient(form):
   assert (np.array(gradient) == 0).all()
 
 
-@pytest.mark.parametrize("selection", EVERY)
-def test_a_batch_without_weight_selects_without_nan_and_updates_nothing(selection):
+def test_a_batch_without_weight_selects_without_nan_and_updates_nothing():
   h, r, mask, _ = case(6)
-  outcome = run(h, r, mask, np.zeros(B), selection)
-  assert np.isfinite(outcome.losses).all()
-  assert np.isfinite(outcome.members).all()
-  assert outcome.state is None or outcome.state.mass == 0.0
+  for selection, outcome in run(h, r, mask, np.zeros(B)).items():
+    assert np.isfinite(outcome.losses).all(), selection
+    assert np.isfinite(outcome.members).all(), selection
+    assert outcome.state is None or outcome.state.mass == 0.0, selection

@@ -143,6 +143,7 @@ def test_evaluation_reads_the_averages_and_leaves_them(selection, statistics):
     np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 def test_running_statistics_keep_the_hull_from_fitting_small_batches():
   h, r = draw(99, rows=4000)
   margins, implicit = r[:, :, 0] - r[:, :, 1], BETA * (h[:, 0] - h[:, 1])

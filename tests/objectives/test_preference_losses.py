@@ -10,6 +10,10 @@ from rmd_jax import objectives
 
 pytestmark = pytest.mark.usefixtures("x64")
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+dpo, bradley_terry, plackett_luce, rating = (
+  jax.jit(f)
+  for f in (objectives.dpo, objectives.bradley_terry, objectives.plackett_luce, objectives.rating)
+)
 
 
 def draw(*shape, seed=0):
@@ -23,7 +27,7 @@ def ranking(rows, count, seed=0):
 
 def test_dpo_is_the_logistic_loss_of_the_implicit_margin():
   h = draw(16, 2)
-  loss = objectives.dpo(jnp.array(h), beta=0.7)
+  loss = dpo(h, beta=0.7)
   np.testing.assert_allclose(loss, naive.dpo(h, 0.7), **CLOSE)
 
 
@@ -38,7 +42,7 @@ def test_dpo_with_soft_labels_is_a_cross_entropy(smoothing):
 def test_dpo_with_ranks_is_plackett_luce_on_the_implicit_rewards(count):
   h, ranks = draw(8, count), ranking(8, count)
   mask = np.ones((8, count), bool)
-  loss = objectives.dpo(jnp.array(h), beta=0.7, ranks=jnp.array(ranks))
+  loss = dpo(h, beta=0.7, ranks=ranks)
   np.testing.assert_allclose(loss, naive.plackett_luce(0.7 * h, ranks, mask), **CLOSE)
 
 
@@ -55,9 +59,7 @@ def test_mean_over_length_divides_and_skips_what_does_not_exist():
 
 def test_bradley_terry_with_all_its_options():
   r, p = draw(16, 2), np.random.default_rng(1).uniform(size=16)
-  loss = objectives.bradley_terry(
-    jnp.array(r), label_smoothing=0.1, margin=0.5, centre=0.01, preference=jnp.array(p)
-  )
+  loss = bradley_terry(r, label_smoothing=0.1, margin=0.5, centre=0.01, preference=p)
   flipped = [0.9 * q + 0.1 * (1 - q) for q in p]
   expected = [
     naive.cross_entropy(q, w - l - 0.5) + 0.01 * (w + l) ** 2
@@ -71,7 +73,7 @@ def test_plackett_luce_skips_padding_and_reads_only_the_order_of_ranks():
   mask = np.arange(5)[None] < np.arange(1, 9).clip(max=5)[:, None]
   poisoned = jnp.where(mask, r, jnp.nan)
   spread = jnp.where(mask, ranks * 10 - 3, 0)
-  loss = objectives.plackett_luce(poisoned, spread, mask=jnp.array(mask))
+  loss = plackett_luce(poisoned, spread, mask=mask)
   np.testing.assert_allclose(loss, naive.plackett_luce(r, ranks, mask), **CLOSE)
   assert loss[0] == 0.0  # one response leaves nothing to choose
 
@@ -79,9 +81,7 @@ def test_plackett_luce_skips_padding_and_reads_only_the_order_of_ranks():
 def test_plackett_luce_of_pairs_is_bradley_terry():
   r = draw(8, 2)
   ranks = jnp.broadcast_to(jnp.array([0, 1]), r.shape)
-  np.testing.assert_allclose(
-    objectives.plackett_luce(jnp.array(r), ranks), objectives.bradley_terry(jnp.array(r)), **CLOSE
-  )
+  np.testing.assert_allclose(plackett_luce(r, ranks), bradley_terry(r), **CLOSE)
 
 
 def test_tied_ranks_are_refused_but_those_of_padding_are_not():
@@ -96,15 +96,14 @@ def test_tied_ranks_are_refused_but_those_of_padding_are_not():
 def test_rating_is_the_mean_square_over_pairs_of_differences(count):
   r, ratings = draw(2, 8, count)
   mask = np.ones((8, count), bool)
-  loss = objectives.rating(jnp.array(r), jnp.array(ratings))
+  loss = rating(r, ratings)
   np.testing.assert_allclose(loss, naive.distill(r, ratings, 1.0, mask), **CLOSE)
 
 
 def test_rating_moves_rewards_and_never_the_ratings():
   r, ratings = (jnp.array(x) for x in draw(2, 4, 3))
-  by_rewards, by_ratings = jax.grad(lambda a, b: objectives.rating(a, b).sum(), argnums=(0, 1))(
-    r, ratings
-  )
+  total = jax.jit(jax.grad(lambda a, b: objectives.rating(a, b).sum(), argnums=(0, 1)))
+  by_rewards, by_ratings = total(r, ratings)
   assert jnp.abs(by_rewards).max() > 0.1
   assert (by_ratings == 0).all()
 

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+from tabular import minimise
 
 from rmd_jax import objectives
+
+pytestmark = pytest.mark.usefixtures("x64")
 
 BETA = 0.5
 CHOSEN, REJECTED, UNMENTIONED = [0, 2], [1, 3], [4, 5]
@@ -78,7 +81,7 @@ def test_distillation_is_ever_further_from_its_minimum_on_that_way():
   assert losses[-1] > 1000
 
 
-def test_distillation_pins_every_margin_at_the_rewards_margin(minimise):
+def test_distillation_pins_every_margin_at_the_rewards_margin():
   margins = (REWARDS[:, 0] - REWARDS[:, 1]) / BETA
   for logits in minimise(distill, *STARTS.values()):
     h = log_ratios(logits)[PAIRS]
@@ -104,7 +107,7 @@ def test_under_dpo_the_margins_grow_as_long_as_one_trains():
 
 @pytest.mark.parametrize("estimator", ["pairs", "samples", "tokenwise"])
 @pytest.mark.parametrize("gamma", [0.01, 0.3])
-def test_pessimistic_dpo_has_a_finite_optimum_that_keeps_the_chosen(gamma, estimator, minimise):
+def test_pessimistic_dpo_has_a_finite_optimum_that_keeps_the_chosen(gamma, estimator):
   loss = jax.jit(pessimistic(gamma, estimator))
   optima = minimise(loss, *STARTS.values())
   for logits in optima:
@@ -118,7 +121,7 @@ def test_pessimistic_dpo_has_a_finite_optimum_that_keeps_the_chosen(gamma, estim
   assert collapse[0] > loss(optima[0])
 
 
-def test_with_chosen_alone_the_rejected_responses_still_vanish(minimise):
+def test_with_chosen_alone_the_rejected_responses_still_vanish():
   def without(share):
     """The chosen responses share all mass but a rest, which the rejected ones keep."""
     policy = np.full(6, 1e-300)
@@ -137,7 +140,7 @@ def test_with_chosen_alone_the_rejected_responses_still_vanish(minimise):
   assert policy[CHOSEN].min() > 0.4
 
 
-def test_pessimistic_dpo_is_the_nearest_of_the_policies_that_fit_as_well(minimise):
+def test_pessimistic_dpo_is_the_nearest_of_the_policies_that_fit_as_well():
   # Its optimum has the least divergence under L_dpo <= min + delta, delta being what it reaches.
   (logits,) = minimise(pessimistic(0.1, "samples"), np.zeros(6))
   bound = float(dpo(jnp.asarray(logits)))
@@ -159,7 +162,7 @@ def test_pessimistic_dpo_is_the_nearest_of_the_policies_that_fit_as_well(minimis
   np.testing.assert_allclose(probabilities(nearest.x), probabilities(logits), atol=1e-5)
 
 
-def test_a_larger_gamma_trades_fit_for_nearness(minimise):
+def test_a_larger_gamma_trades_fit_for_nearness():
   gammas = (0.01, 0.1, 1.0)
   optima = [minimise(pessimistic(gamma, "samples"), np.zeros(6))[0] for gamma in gammas]
   fits = [float(dpo(jnp.asarray(at))) for at in optima]

@@ -11,6 +11,8 @@ import scipy.special
 
 from rmd_jax import objectives
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 
 def policy_of(reward, reference, beta):
   return scipy.special.softmax(np.log(reference) + reward / beta)
@@ -133,6 +135,7 @@ def train(selection, gamma):
   return np.asarray(jax.nn.softmax(steps(jnp.zeros(6))))
 
 
+@pytest.mark.slow
 def test_e_dpo_with_the_hull_trains_the_max_min_policy_and_with_the_argmin_it_does_not():
   chosen = policies(REWARDS, UNIFORM, BETA)
   best = worst_value(chosen["hull"], REWARDS, UNIFORM, BETA)

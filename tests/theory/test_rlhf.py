@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tabular import minimise
 
 from rmd_jax import objectives
+
+pytestmark = pytest.mark.usefixtures("x64")
 
 COUNT, BETA = 6, 0.7
 RNG = np.random.default_rng(0)
@@ -37,7 +40,7 @@ def as_pairs(logits):
 
 
 @pytest.mark.parametrize("loss", [as_one_group, as_pairs])
-def test_the_minimiser_of_distillation_is_the_policy_of_rlhf_and_no_other(loss, minimise):
+def test_the_minimiser_of_distillation_is_the_policy_of_rlhf_and_no_other(loss):
   starts = [np.zeros(COUNT), *5 * np.random.default_rng(1).normal(size=(3, COUNT))]
   for logits in minimise(loss, *starts):
     policy = jax.nn.softmax(jnp.asarray(logits))
@@ -51,7 +54,7 @@ def test_all_pairs_and_one_group_are_the_same_loss():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_forward_divergence_is_the_value(seed, minimise):
+def test_the_forward_divergence_is_the_value(seed):
   rng = np.random.default_rng(seed)
   reward, beta = rng.normal(size=COUNT), rng.uniform(0.2, 3)
   reference = np.full(COUNT, 1 / COUNT)  # then the mean over all responses is its expectation
