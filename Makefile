@@ -50,6 +50,7 @@ lock:
 	build/lock/bin/python -m pip install --quiet --upgrade pip setuptools wheel
 	build/lock/bin/python -m pip install --quiet ".[dev]"
 	build/lock/bin/python -m pip freeze --all --exclude pip --exclude rmd-jax > requirements.lock
+	rm -rf build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

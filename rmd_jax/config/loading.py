@@ -113,15 +113,15 @@ class _Loader:
     self.run = run
     self.paths = dataclasses.replace(paths, own=tuple({f.parent: None for f in reader.files}))
     self.main = Environment(run)
-    self.objectives: dict[str, list[Statement]] = {}
+    self.objectives: dict[str, Reader] = {}
 
   def config(self) -> Config:
     names = self.listed(self.main)
     self.objectives = {name: self.read_objective(name) for name in names}
-    combined = {name: self.combine(statements) for name, statements in self.objectives.items()}
+    combined = {name: self.combine(reader) for name, reader in self.objectives.items()}
     environments = [self.main, *combined.values()]
-    self.refuse(fault for e in environments for fault in e.name_faults())
     self.refuse(self.objective_faults())
+    self.refuse(fault for e in environments for fault in e.name_faults())
     self.refuse(fault for e in environments for fault in e.macro_faults())
     planners = {name: Planner(e) for name, e in combined.items()}
     main = Planner(self.main)
@@ -164,7 +164,7 @@ class _Loader:
       return Path(name) if Path(name).is_file() else self.paths.find(name)
     return self.paths.find(f"objectives/{name}.gin")
 
-  def read_objective(self, name: str) -> list[Statement]:
+  def read_objective(self, name: str) -> Reader:
     statement = self.main.winner(OBJECTIVES)
     at = statement.location if statement else OBJECTIVES
     path = self.find_objective(name)
@@ -177,28 +177,30 @@ class _Loader:
       )
     reader = Reader()
     reader.user_file(str(path.resolve()), self.paths)
-    if shared := sorted(str(file) for file in reader.files & self.reader.files):
-      raise UserError(
-        f"{at}: {name} includes {', '.join(shared)}, as the run does; with Run.objectives, only "
-        "one of them may"
-      )
-    return reader.statements
+    return reader
 
-  def combine(self, objective: Sequence[Statement]) -> Environment:
-    return Environment([*objective, *(s for s in self.run if s.key != OBJECTIVES)])
+  def combine(self, objective: Reader) -> Environment:
+    return Environment([*objective.statements, *(s for s in self.run if s.key != OBJECTIVES)])
 
   def objective_faults(self) -> Iterator[str]:
     listing, bound = self.main.winner(OBJECTIVES), self.main.winner(OBJECTIVE)
-    if self.objectives and listing and bound:
+    if not self.objectives or listing is None:
+      return
+    if bound is not None:
       yield (
         f"{bound.location}: Align.objective is bound, and Run.objectives ({listing.location}) "
         "lists objectives too; keep one (--gin.Run.objectives='[]' drops the list)"
       )
-    for name, statements in self.objectives.items():
-      if all(statement.key != OBJECTIVE for statement in statements):
+      return
+    for name, reader in self.objectives.items():
+      if all(statement.key != OBJECTIVE for statement in reader.statements):
+        at = reader.statements[0].location if reader.statements else listing.location
+        yield f"{at}: the objective {name} has no line Align.objective = @…"
+      # Read again by the run, such a file would undo what the objective's file sets after it.
+      for file in sorted(reader.files & self.reader.files):
         yield (
-          f"{statements[0].location if statements else name}: the objective {name} has no line "
-          "Align.objective = @…"
+          f"{listing.location}: the objective {name} includes {file}, as the run does; "
+          "with Run.objectives, only one of them may"
         )
 
   def unused(
@@ -211,9 +213,9 @@ class _Loader:
         yield self.unused_text(statement)
       elif statement.location.command_line and statement.key not in effective:
         yield f"{statement.location}: has no effect; another binding hides what would read it"
-    for name, statements in self.objectives.items():
+    for name, reader in self.objectives.items():
       reached = combined[name].reached(effective=False)
-      yield from (self.unused_text(s) for s in statements if s.key not in reached)
+      yield from (self.unused_text(s) for s in reader.statements if s.key not in reached)
 
   def with_overridden(self, environments: Sequence[Environment]) -> Iterator[Environment]:
     """The environments, and those of objectives that an overridden Run.objectives lists.

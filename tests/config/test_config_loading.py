@@ -237,6 +237,11 @@ def test_fewer_objectives_by_a_flag(several):
     load([several], ["Run.objectives=['dpo']", "TAU=3"])
 
 
+def test_an_overridden_list_may_share_files_with_the_run(several, write):
+  config = load([several, "objectives/pessimistic.gin"], ["Run.objectives=[]"])
+  assert config.root.align.objective.gamma == 0.25
+
+
 def test_one_objective_by_include(several, write):
   write("include 'objectives/ipo.gin'\nTAU = 3")
   assert load(["run.gin"]).root.align.objective.tau == 3.0

@@ -273,13 +273,15 @@ def objectives(write):
       "own.gin:1: the objective own.gin has no line Align.objective",
     ),
     (
-      "include 'objectives/dpo.gin'\nBETA = 1\nRun.objectives = ['dpo']",
-      "dpo.gin, as the run does; with Run.objectives, only one of them may",
+      "include 'part.gin'\nRun.objectives = ['mine.gin']",
+      "part.gin, as the run does; with Run.objectives, only one of them may",
     ),
   ],
 )
 def test_objectives(objectives, text, expected):
   objectives("DPO.beta = 3", name="own.gin", pipeline=False)
+  objectives("BETA = 3", name="part.gin", pipeline=False)
+  objectives("include 'objectives/dpo.gin'\ninclude 'part.gin'", name="mine.gin", pipeline=False)
   objectives(text)
   assert expected in refusal(["run.gin"])
 
