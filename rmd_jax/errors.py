@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-  """Bad usage, configuration or data: the message says what, where and the way out. Exit status 2."""
+  """Bad usage, configuration or data; the message says where, and the way out. Exit status 2."""
 
 
 class RunError(RuntimeError):
