@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -155,7 +155,7 @@ class Dataset:
   @classmethod
   def concatenate(cls, parts: Sequence["Dataset"]) -> "Dataset":
     """The examples of several data sets of one shape, in order; a column must be in all or none."""
-    values = {}
+    values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
       columns = [getattr(part, field.name) for part in parts]
       if any(column is None for column in columns):
@@ -176,7 +176,7 @@ class Dataset:
       values[field.name] = value
     return Dataset(**values)
 
-  def replace(self, **columns: np.ndarray | None) -> "Dataset":
+  def replace(self, **columns: Any) -> "Dataset":
     """A copy with the given columns replaced."""
     return dataclasses.replace(self, **columns)
 
@@ -185,8 +185,9 @@ class Dataset:
     rows = np.asarray(rows)
     real = len(rows)
     size = real if size is None else size
+    index = np.concatenate([rows, np.full(size - real, -1, rows.dtype)]).astype(np.int32)
     filled = np.concatenate([rows, np.zeros(size - real, rows.dtype)])
-    columns = {}
+    columns: dict[str, Any] = {"index": index}
     for name in COLUMNS:
       value = getattr(self, name)
       if value is not None:
@@ -197,5 +198,4 @@ class Dataset:
       if "member_weight" in columns:
         columns["member_weight"] = columns["member_weight"].copy()
         columns["member_weight"][:, real:] = 0.0
-    index = np.concatenate([rows, np.full(size - real, -1, rows.dtype)]).astype(np.int32)
-    return Batch(index=index, **columns)
+    return Batch(**columns)

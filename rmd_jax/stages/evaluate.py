@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,6 +28,9 @@ from rmd_jax.training.loop import load_params
 
 if TYPE_CHECKING:
   from rmd_jax.stages.run import Run
+
+
+diagnostics = jax.jit(objectives.diagnostics, static_argnames="first_member")
 
 
 @runtime_checkable
@@ -196,7 +200,7 @@ class Evaluation:
     )
     write_json(self.context.directory / "evaluate" / "reward.json", report)
 
-  def policy(self, directory: Path, name: str, align: Align) -> None:
+  def policy(self, name: str, align: Align, directory: Path) -> None:
     """One aligned policy against the reference."""
     context, seed = self.context, self.context.seed
     prompts = np.repeat(np.arange(len(self.prompts)), self.options.samples)
@@ -288,7 +292,7 @@ class Evaluation:
       "rejected_log_ratio": float(rejected.mean()),
       "diagnostics": {
         key: float(value)
-        for key, value in objectives.diagnostics(
+        for key, value in diagnostics(
           jnp.asarray(log_ratios),
           jnp.asarray(test.rewards[first:]),
           jnp.asarray(lengths),

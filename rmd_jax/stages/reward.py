@@ -131,14 +131,14 @@ def architecture(model: Decoder | None, context: Context) -> Decoder:
 def start(ensemble: RewardEnsemble, initial: str, context: Context, rng: PRNGKeyArray) -> Params:
   """Initial parameters: trunks from SFT or from scratch, heads always from scratch."""
   if initial == "scratch":
-    return ensemble.init(rng)
+    return jax.jit(ensemble.init)(rng)
   if ensemble.decoder != context.policy:
     raise UserError(
       "Reward.initial = 'sft' needs reward models of the policy's architecture: "
       "leave Reward.model unset, or set Reward.initial = 'scratch'"
     )
   policy, _, _ = load_params(context.directory / "sft")
-  return ensemble.init(rng, trunk=policy["shared"])
+  return jax.jit(ensemble.init)(rng, policy["shared"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ Writes  RUN/config.gin, RUN/run.json, RUN/log.txt, RUN/seed_S/<stage>/, RUN/repo
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import platform
 import shlex
 import sys
@@ -193,7 +194,7 @@ class Pipeline:
         f"align/{objective.name}",
         "align",
         Key.of(options=canonical(objective.align), scores=score.digest, seed=seed),
-        lambda place, objective=objective: self.align(objective, place),
+        functools.partial(self.align, objective),
       )
     if not self.through("evaluate"):
       return
@@ -231,9 +232,7 @@ class Pipeline:
         f"evaluate/{objective.name}",
         "evaluate",
         Key.of(policy=aligned[objective.name].digest, reference=reference.digest),
-        lambda place, objective=objective: evaluation.policy(
-          place, objective.name, objective.align
-        ),
+        functools.partial(evaluation.policy, objective.name, objective.align),
       )
 
 

@@ -67,7 +67,7 @@ class Sft:
     fit(
       NextToken(decoder),
       self.training,
-      params={"frozen": {}, "shared": decoder.init(rng), "members": {}},
+      params={"frozen": {}, "shared": jax.jit(decoder.init)(rng), "members": {}},
       axes={"frozen": {}, "shared": decoder.axes(), "members": {}},
       carry=(),
       train=data["train"],
