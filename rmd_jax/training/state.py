@@ -73,7 +73,7 @@ class Blueprint:
         raise ValueError(f"axes {name} do not name the dimensions of shape {leaf.shape}")
     return cls(
       structure,
-      tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves),
+      tuple((tuple(leaf.shape), str(jax.dtypes.canonicalize_dtype(leaf.dtype))) for leaf in leaves),
       tuple(tuple(name) for name in names),
     )
 

@@ -56,14 +56,20 @@ def test_schedules_that_make_no_sense_are_refused(arguments, message):
 
 def _trained(transform, params, *, rate):
   """Five steps on a fixed quadratic; `rate` None: the transformation has it in itself."""
-  state = transform.init(params)
-  for _ in range(5):
+
+  def step(carry, _):
+    params, state = carry
     grads = jax.tree.map(lambda p: 0.3 * p + 0.1, params)
     updates, state = transform.update(grads, state, params)
     if rate is not None:
       updates = jax.tree.map(lambda u: -rate * u, updates)
-    params = optax.apply_updates(params, updates)
-  return params
+    return (optax.apply_updates(params, updates), state), None
+
+  @jax.jit
+  def train(params):
+    return jax.lax.scan(step, (params, transform.init(params)), length=5)[0][0]
+
+  return train(params)
 
 
 def test_adamw_is_optax_adamw_with_the_rate_taken_out():
@@ -110,7 +116,12 @@ def test_decay_spares_what_has_one_axis_inside_the_member_axis_too(optimizer, st
   transform = optimizer.transform(mask)
   over = jax.vmap if stage.members else lambda function: function
   zeros = jax.tree.map(jnp.zeros_like, params)
-  direction, _ = over(transform.update)(zeros, over(transform.init)(params), params)
+
+  @jax.jit
+  def one(params):
+    return over(transform.update)(zeros, over(transform.init)(params), params)[0]
+
+  direction = one(params)
   for name, decays in mask.items():
     moved = bool(np.any(np.asarray(direction[name]) != 0))
     assert moved == decays, name

@@ -131,14 +131,14 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
   "stage, parts, mesh",
   [
-    (Pairs(), 1, CUBE),
+    (COUPLED, 2, CUBE),
     (TRUNK, 1, MEMBER),
-    (COUPLED, 2, FSDP),
+    pytest.param(COUPLED, 2, FSDP, marks=SLOW),
+    pytest.param(Pairs(), 1, CUBE, marks=SLOW),
     pytest.param(Pairs(), 1, MEMBER, marks=SLOW),
     pytest.param(Pairs(), 2, FSDP, marks=SLOW),
     pytest.param(TRUNK, 2, CUBE, marks=SLOW),
     pytest.param(TRUNK, 1, FSDP, marks=SLOW),
-    pytest.param(COUPLED, 2, CUBE, marks=SLOW),
     pytest.param(COUPLED, 1, MEMBER, marks=SLOW),
   ],
 )
