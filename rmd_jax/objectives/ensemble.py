@@ -141,8 +141,6 @@ def ensemble_distill(
   )
   start = initial_state(len(rewards), selection=selection, statistics=statistics)
   state = start if state is None or start is None else _expect_like(start, state)
-  rewards = jax.lax.stop_gradient(rewards)
-  policy = jax.lax.stop_gradient(h)  # what may select, and must not be pulled
   learn = (scalar("update", update, h.dtype) > 0) & (weights.sum() > 0)
   even = jnp.full(len(rewards), 1.0 / len(rewards), h.dtype)
 
@@ -154,9 +152,7 @@ def ensemble_distill(
   if selection in ("mean", "hull"):
     mixture = even
     if selection == "hull":
-      moments = hull_statistics(
-        jax.lax.stop_gradient(beta) * policy, rewards, mask, jax.lax.stop_gradient(weights)
-      )
+      moments = jax.lax.stop_gradient(hull_statistics(beta * h, rewards, mask, weights))
       if state is not None:
         state = state.updated(moments, learn)
         moments = tuple(moment.astype(h.dtype) for moment in state.mean(moments))
@@ -173,7 +169,7 @@ def ensemble_distill(
   if selection == "soft":
     chosen = jax.nn.softmax(-means / jax.lax.stop_gradient(temperature))
   elif selection == "worst":
-    chosen = _one_hot_least(_advantages(policy, rewards, mask, weights))
+    chosen = _one_hot_least(_advantages(h, rewards, mask, weights))
   else:
     if state is not None:
       state = state.updated((means,), learn)
