@@ -343,18 +343,23 @@ class Checkpoints:
       + "Bring back a good copy, or remove that directory to start afresh."
     )
 
+  def result(self) -> str:
+    """Which checkpoint training ended with: "best" where any was ranked, else "last"."""
+    return "best" if self._ranked(self.steps()) else "last"
+
   def _set_aside(self) -> bool:
     return self.directory.is_dir() and any(self.directory.glob("bad-*"))
 
 
 def load_params(
-  directory: Path, *, which: str | int = "best", abstract: Any = None
+  directory: Path, *, which: str | int = "result", abstract: Any = None
 ) -> tuple[Any, str, int]:
   """The parameters of a stage's run, for others to use: verified, and nothing is touched.
 
   Args:
     directory: the stage's folder, which holds checkpoints/.
-    which: "best" by the metric, "last", or a step.
+    which: "result", what training ended with: the best where evaluation selected one, else the
+      last; or "best" by the metric, "last", or a step.
     abstract: the parameters' structure, as in `Checkpoints.restore`; None for NumPy.
 
   Returns:
@@ -365,6 +370,8 @@ def load_params(
     RunError: none is good.
   """
   checkpoints = Checkpoints(directory / "checkpoints", read_only=True)
+  if which == "result":
+    which = checkpoints.result()
   restored = checkpoints.restore(abstract, which, only="params")
   if restored is None:
     raise UserError(f"{checkpoints.directory} has no checkpoint. Train that stage first.")
