@@ -132,7 +132,8 @@ class Align:
   @property
   def beta(self) -> float:
     """The implicit reward's scale: 1 for an objective without one, such as IPO."""
-    return float(self.resolved_hyper().get("beta", 1.0))
+    numbers = dict(self.hyper or {})
+    return float(getattr(self.objective, "beta", numbers.get("beta", 1.0)))
 
   def resolved_hyper(self) -> dict[str, Any]:
     """The objective's numbers as it names them."""
