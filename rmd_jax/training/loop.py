@@ -4,6 +4,11 @@ Reads   the data set; directory/checkpoints, when an earlier process left some.
 Writes  directory/checkpoints, metrics.jsonl, tensorboard/, and bad_batches.jsonl where a loss or a
         gradient was not finite.
 
+A line of metrics.jsonl has that step's values: loss/total (with members their sum, and
+loss/member_3), the objective's aux, optimizer/learning_rate and grad_norm, guard/skipped (bad steps
+so far), perf/step_seconds and tokens_per_second (since the last line), perf/compile_seconds (in
+a process's first line). Lines of evaluation have eval/loss and eval/ before each aux.
+
 The device never waits for the host: a step is put in its queue before the last one's numbers are
 read. Everything that the next step depends on is in the checkpoint (parameters, optimiser, the
 objective's carry, random state, early stopping), and the batches are a function of the step, so a
@@ -28,11 +33,11 @@ from rmd_jax.errors import RunError, UserError
 from rmd_jax.training import files, preemption
 from rmd_jax.training.bookkeeping import Clock, Selection
 from rmd_jax.training.checkpoints import Checkpoints, load_params
-from rmd_jax.training.compilations import Compilations, compilations
+from rmd_jax.training.compilations import compilations
 from rmd_jax.training.evaluation import evaluate, map_batches, run_evaluation
 from rmd_jax.training.metrics import MetricsWriter, read_metrics
 from rmd_jax.training.partitioning import Layout, MeshConfig, layout
-from rmd_jax.training.progress import Progress, log
+from rmd_jax.training.progress import Progress, duration, log
 from rmd_jax.training.settings import Hyper, Training, hyper_table
 from rmd_jax.training.stage import Params, Stage
 from rmd_jax.training.state import Blueprint, TrainState, abstract_state, frozen_carry, init_state
@@ -147,7 +152,7 @@ class _Run:
     self.first = True  # the first step of this process compiles
     self.pending: _Pending | None = None
     self.loss: dict[str, float] = {}
-    self.compiled: Compilations | None = compilations()
+    self.began, self.told = compilations(), False  # said once, in this process's first line
     self.state, self.step = self._start(params, carry, seed)
     self.frozen = place.put(params["frozen"], self.blueprint.shardings(place)["frozen"])
     self.program = train_program(
@@ -265,9 +270,13 @@ class _Run:
     self.pending = _Pending(self.step, metrics, flags, np.asarray(batch.index), _tokens(batch))
     if self.first:  # compiled by now: its time is not the steps'
       self.first = False
+      jax.block_until_ready(flags)
+      seconds = compilations().since(self.began).seconds
+      if seconds >= 1.0:
+        log(f"{self.label}: compiled in {duration(seconds)}")
+      self.progress = Progress(self.label, self.training.steps, start=self.step)
       self._read_pending()
       self.clock.restart(self.step)
-      self.progress = Progress(self.label, self.training.steps, start=self.step)
 
   def _read_pending(self) -> None:
     """Waits for the step before the queued one; logs it when it is due, or when it was bad."""
@@ -282,9 +291,9 @@ class _Run:
     if due or bad:
       line = {name: float(value) for name, value in jax.device_get(metrics).items()}
       line |= self.clock.lap(step)
-      if self.compiled is not None:
-        line["perf/compile_seconds"] = compilations().since(self.compiled).seconds
-        self.compiled = None
+      if not self.told:
+        line["perf/compile_seconds"] = compilations().since(self.began).seconds
+        self.told = True
       self.loss = {"loss": line["loss/total"]}
       self.metrics.write(step, line)
     if bad:
