@@ -45,9 +45,9 @@ class Oracle:
   """
 
   vital: float = 1.0
-  useful: float = 0.5
-  minor: float = 0.2
-  false: float = -1.0
+  useful: float = 0.7
+  minor: float = 0.5
+  false: float = -0.7
   repeated: float = -0.5
   misplaced: float = -0.25
   word: float = 0.02
@@ -172,7 +172,7 @@ class Writer:
     wordy: probability that a summary is wordy; then half of its sentences get an opener.
   """
 
-  sentences: tuple[float, ...] = (0.16, 0.24, 0.25, 0.2, 0.15)
+  sentences: tuple[float, ...] = (0.1, 0.2, 0.25, 0.25, 0.2)
   sloppy: float = 0.5
   false: tuple[float, float] = (0.05, 0.45)
   exaggerate: float = 0.7
@@ -266,9 +266,9 @@ class WorldSource:
     policy: who writes the summaries: `Writer`, or any policy(prompts, samples, seed) -> responses.
   """
 
-  pairs: int = 4000
+  pairs: int = 6000
   responses: int = 2
-  demonstration_count: int = 4000
+  demonstration_count: int = 8000
   rho: float | None = None
   label: str = "deterministic"
   temperature: float = 1.0
