@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from rmd_jax.data.batch import Batch
-from rmd_jax.errors import UserError
 from rmd_jax.models import logprobs, sampling
 from rmd_jax.models.attention import Places, places
 from rmd_jax.models.transformer import Transformer, TransformerConfig, output_table
@@ -117,8 +116,6 @@ class Decoder(TransformerConfig):
     return 2.0 * batch * (dense + scores + responses * length * self.width * self.vocab_size)
 
   def _boxed(self, rng: PRNGKeyArray) -> Tree:
-    if not self.vocab_size:
-      raise UserError("Decoder.vocab_size is not set; give the number of token ids.")
     prompt, response = places(jnp.ones(1, jnp.int32), jnp.ones((1, 1), jnp.int32), (1, 1))
     ids = jnp.zeros((1, 2), jnp.int32)
     return Transformer(self).init(rng, ids, Places(ids, ids), prompt, response)["params"]
@@ -129,14 +126,17 @@ class Decoder(TransformerConfig):
     """Final-norm states of the prompts' and of the responses' tokens."""
     b, p = batch.prompt.shape
     n, r = batch.responses.shape[1:]
-    prompt, response = places(batch.prompt_length, batch.response_length, (p, r))
+    lengths = jnp.asarray(batch.prompt_length), jnp.asarray(batch.response_length)
+    prompt, response = places(*lengths, (p, r))
 
     def joined(of_prompt: Array, of_response: Array) -> Array:
       return jnp.concatenate([of_prompt, of_response.reshape(b, n * r)], axis=1)
 
     at = Places(*map(joined, prompt, response))
     # Ids in padding may be anything: outside the vocabulary, the lookup would give NaN.
-    tokens = jnp.where(at.segment > 0, joined(batch.prompt, batch.responses), 0)
+    tokens = jnp.where(
+      at.segment > 0, joined(jnp.asarray(batch.prompt), jnp.asarray(batch.responses)), 0
+    )
     hidden, _ = Transformer(self).apply({"params": params}, tokens, at, prompt, response)
     return hidden[:, :p], hidden[:, p:].reshape(b, n, r, -1)
 

@@ -49,13 +49,13 @@ class State(NamedTuple):
 
 def choose(
   rng: PRNGKeyArray,
-  log_probs: Float[Array, " V"],
+  log_probs: Float[Array, "*B V"],
   *,
   temperature: float | Float[Array, ""],
   top_k: int | None,
   top_p: float | Float[Array, ""] | None,
-) -> Int[Array, ""]:
-  """Draws one token id: temperature first, then the k likeliest, then the nucleus of mass p.
+) -> Int[Array, "*B"]:
+  """Draws token ids: temperature first, then the k likeliest, then the nucleus of mass p.
 
   Args:
     rng: key of this token.
@@ -65,19 +65,24 @@ def choose(
     top_p: the smallest set of likeliest tokens whose mass reaches p may be drawn, at least one;
       None for all.
   """
+  likeliest = jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
+  if isinstance(temperature, int | float) and temperature == 0:
+    return likeliest  # and no random bits, which take longest to compile
   temperature = jnp.asarray(temperature, log_probs.dtype)
-  scaled = log_probs / jnp.where(temperature == 0, 1, temperature)
+  scores = log_probs / jnp.where(temperature == 0, 1, temperature)
+  size = scores.shape[-1]
   ids = None
   if top_k is not None or top_p is not None:
-    size = log_probs.shape[-1]
-    scaled, ids = jax.lax.top_k(scaled, size if top_k is None else min(top_k, size))
+    scores, ids = jax.lax.top_k(scores, size if top_k is None else min(top_k, size))
   if top_p is not None:
-    mass = jax.nn.softmax(scaled)
-    scaled = jnp.where(jnp.cumsum(mass) - mass < top_p, scaled, -jnp.inf)
-    scaled = scaled.at[0].set(jnp.maximum(scaled[0], -1e30))  # p = 0 still leaves one
-  drawn = jax.random.categorical(rng, scaled)
-  drawn = drawn if ids is None else ids[drawn]
-  return jnp.where(temperature == 0, jnp.argmax(log_probs), drawn).astype(jnp.int32)
+    mass = jax.nn.softmax(scores, axis=-1)
+    before = jnp.cumsum(mass, axis=-1) - mass
+    before = before.at[..., 0].set(-1.0)  # p = 0 leaves one, too
+    scores = jnp.where(before < top_p, scores, -jnp.inf)
+  drawn = jax.random.categorical(rng, scores)
+  if ids is not None:
+    drawn = jnp.take_along_axis(ids, drawn[..., None], axis=-1)[..., 0]
+  return jnp.where(temperature == 0, likeliest, drawn.astype(jnp.int32))
 
 
 def sample(
@@ -102,8 +107,8 @@ def sample(
     params: its parameters.
     prompt: prompts, right-padded.
     prompt_length: their lengths, at least 1.
-    rng: with (row, sample, position) it decides every draw, so that a row's samples do not depend
-      on the rows beside it.
+    rng: with row, sample and position it decides every draw, so that a row's samples do not
+      depend on the rows beside it.
     samples: S, responses per prompt.
     max_tokens: R, the longest response, EOS included.
     eos_id: the id that ends a response.
@@ -127,11 +132,7 @@ def sample(
   apply: Callable[..., Any] = functools.partial(Transformer(config).apply, {"params": params})
   b, p = prompt.shape
   rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
-  keys = jax.vmap(
-    lambda row: jax.vmap(lambda s: jax.random.fold_in(jax.random.fold_in(rng, row), s))(
-      jnp.arange(samples, dtype=jnp.int32)
-    )
-  )(rows)
+  keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(rows)
   at_prompt, _ = places(prompt_length, jnp.zeros((b, samples), jnp.int32), (p, max_tokens))
   tokens = jnp.where(at_prompt.segment > 0, prompt, 0)
   hidden, (prompt_key, prompt_value) = apply(tokens, at_prompt, at_prompt)
@@ -142,6 +143,7 @@ def sample(
   table = output_table(config, params)
 
   def draw(key: Array, log_probs: Array, step: Array) -> Array:
+    # One draw for a prompt's S samples: a second key for each would cost more to compile.
     key = jax.random.fold_in(key, step)
     return choose(key, log_probs, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -151,7 +153,7 @@ def sample(
   def advance(state: State) -> State:
     step, done = state.step, state.out.finished
     log_probs = jax.nn.log_softmax(project(state.hidden, table), axis=-1)
-    token = jax.vmap(jax.vmap(draw, (0, 0, None)), (0, 0, None))(keys, log_probs, step)
+    token = jax.vmap(draw, (0, 0, None))(keys, log_probs, step)
     picked = jnp.take_along_axis(log_probs, token[:, :, None], axis=-1)[:, :, 0]
     token = jnp.where(done, 0, token)
     out = Samples(

@@ -88,8 +88,6 @@ class TransformerConfig:
         raise UserError(f"Decoder.{name} is {getattr(self, name)}; it must be at least 1.")
     if self.vocab_size < 0:
       raise UserError(f"Decoder.vocab_size is {self.vocab_size}; it must be at least 0.")
-    if self.vocab_size < 0:
-      raise UserError(f"Decoder.vocab_size is {self.vocab_size}; it must be positive.")
     if self.heads % self.kv_heads:
       raise UserError(
         f"Decoder.heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}; "
