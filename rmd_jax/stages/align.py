@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -17,6 +16,7 @@ from rmd_jax import objectives
 from rmd_jax.data.batch import Batch, Dataset
 from rmd_jax.errors import UserError
 from rmd_jax.models.decoder import Decoder
+from rmd_jax.objectives.inputs import weighted_mean
 from rmd_jax.stages.context import Context
 from rmd_jax.training.loop import Training, fit, load_params
 from rmd_jax.training.stage import Loss, Params
@@ -61,7 +61,7 @@ class Alignment:
     outputs = {"logp": self.decoder.logp(policy, batch)}
     if self.estimator == "tokenwise":
       kl = self.decoder.token_kl(policy, params["frozen"], batch)
-      outputs["token_kl"] = kl.sum(-1) / jnp.maximum(batch.mask.sum(-1), 1)
+      outputs["token_kl"] = objectives.forward_kl_tokenwise(kl, mask=batch.mask)
     return outputs
 
   def denominator(self, batch: Batch) -> Float[Array, ""]:
@@ -80,11 +80,14 @@ class Alignment:
     """The objective's losses, and METHOD's diagnostics of degeneracy."""
     assert batch.reference_logp is not None
     log_ratios = outputs["logp"] - batch.reference_logp
+    divergences = {}
     if "token_kl" in outputs:
+      divergences["tokenwise"] = outputs["token_kl"]
       batch = dataclasses.replace(batch, token_kl=outputs["token_kl"])
     if "sample_logp" in outputs:
       assert batch.sample_logp is not None
       sampled = outputs["sample_logp"] - batch.sample_logp
+      divergences["samples"] = objectives.forward_kl_samples(sampled)
       batch = dataclasses.replace(batch, sample_log_ratios=sampled)
     losses, selection, carry = self.plug(log_ratios, batch, hyper, carry)
     rewards = batch.rewards
@@ -101,6 +104,8 @@ class Alignment:
       ranks=batch.ranks,
       first_member=first,
     )
+    for name, divergence in divergences.items():
+      aux[f"kl/forward_{name}"] = weighted_mean(divergence, batch.weight)
     if hasattr(self.plug, "report"):
       aux |= self.plug.report(carry, hyper)
     return Loss((batch.weight * losses).sum(), batch.weight.sum(), aux, carry)
@@ -168,7 +173,10 @@ class Align:
     """Trains the policy from the SFT checkpoint on the scored splits."""
     plug = self.objective
     if hasattr(plug, "resolve"):
-      plug = plug.resolve(splits["train"])
+      try:
+        plug = plug.resolve(splits["train"])
+      except ValueError as error:
+        raise UserError(f"the scores cannot feed this objective: {error}") from error
     resolved = dataclasses.replace(self, objective=plug)
     stage = resolved.stage(context)
     policy, _, _ = load_params(context.directory / "sft")

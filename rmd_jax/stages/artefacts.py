@@ -76,6 +76,12 @@ def state_of(directory: Path) -> dict[str, Any] | None:
     return None
 
 
+def finished(directory: Path, key: Key) -> bool:
+  """Whether the folder holds the finished result of this key."""
+  state = state_of(directory)
+  return state is not None and state["done"] and state["key"] == key.digest
+
+
 def require(directory: Path, key: Key, *, stage: str, command: str) -> Outcome:
   """The finished artefact of an earlier stage.
 
@@ -104,10 +110,11 @@ def produce(directory: Path, key: Key, make: Callable[[Path], None], *, stage: s
       f"{key.differences(state['parts'])}"
     )
     directory.rename(aside)
-    earlier = directory.with_name(f"{directory.name}.{key.digest}")
-    if earlier.exists():
-      log(f"{stage}: found a result of these very options in {earlier.name}")
-      earlier.rename(directory)
+    state = None
+  earlier = directory.with_name(f"{directory.name}.{key.digest}")
+  if state is None and earlier.exists():  # also where a kill came between the two renames
+    log(f"{stage}: found a result of these very options in {earlier.name}")
+    earlier.rename(directory)
     state = state_of(directory)
   if state is not None and state["done"]:
     log(f"{stage}: up to date (key {key.digest[:8]}), skipped")

@@ -1,7 +1,7 @@
 """Evaluate: sample from policy and reference, judge both, and say how sure the numbers are.
 
 Reads   SFT and aligned checkpoints, scores of the test split, the judge.
-Writes  evaluate/reward.json, evaluate/reference/, evaluate/<objective>/{evaluation.json,
+Writes  evaluate/reference/{samples.npz, reward.json}, evaluate/<objective>/{evaluation.json,
         margins.npz, scores.npz, samples.jsonl}.
 """
 
@@ -198,7 +198,7 @@ class Evaluation:
       preference=certainty(test),
       weights=test.weight,
     )
-    write_json(self.context.directory / "evaluate" / "reward.json", report)
+    write_json(directory / "reward.json", report)
 
   def policy(self, name: str, align: Align, directory: Path) -> None:
     """One aligned policy against the reference."""

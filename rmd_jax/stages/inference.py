@@ -13,6 +13,7 @@ from rmd_jax.data.preference_data import Prepared
 from rmd_jax.models.decoder import Decoder
 from rmd_jax.models.ensemble import RewardEnsemble
 from rmd_jax.models.sampling import Samples
+from rmd_jax.training import preemption
 from rmd_jax.training.files import write_atomic
 from rmd_jax.training.loop import map_batches
 from rmd_jax.training.partitioning import MeshConfig
@@ -98,8 +99,14 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def gather(dataset: Dataset, pieces: Any, axis: int = 0) -> Any:
-  """Puts what `map_batches` yields for batches, in order, together for the whole data set."""
-  outputs = [output for _, output in pieces]
+  """Puts what `map_batches` yields for batches, in order, together for the whole data set.
+
+  Stops between two batches when the process was told to: nothing of a data set is kept by halves.
+  """
+  outputs = []
+  for _, output in pieces:
+    outputs.append(output)
+    preemption.check()
   assert outputs, f"a data set of {len(dataset)} examples gives no batch"
   return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis), *outputs)
 

@@ -77,6 +77,12 @@ class Run:
         raise UserError(f"Run.{name} names one twice: {list(values)}")
     if not self.seeds:
       raise UserError("Run.seeds is empty: name at least one, e.g. Run.seeds = [0]")
+    estimator = getattr(self.align.objective, "estimator", None)
+    if estimator == "samples" and not self.score.samples:
+      raise UserError(
+        "the estimator 'samples' reads responses that the reference wrote, and Score.samples is 0: "
+        "set Score.samples = 2 or more, or choose another estimator"
+      )
     if self.judge is None and not hasattr(self.data.source, "oracle"):
       raise UserError(
         "samples of the aligned policy have nothing to be judged by: this data has no oracle. "
@@ -132,6 +138,7 @@ class Pipeline:
 
   def stage(self, name: str, stage: str, key: Key, make: Callable[[Path], None]) -> Key:
     """Runs a stage, or takes its finished result, in the folder `name` of the seed."""
+    preemption.check()
     directory = self.context.directory / name
     if self.only not in (None, stage):
       outcome = artefacts.require(directory, key, stage=stage, command=f"rmd {stage}")
@@ -188,12 +195,16 @@ class Pipeline:
     )
     if not self.through("align"):
       return
-    aligned = {}
+    aligned = {
+      objective.name: Key.of(options=canonical(objective.align), scores=score.digest, seed=seed)
+      for objective in self.objectives
+    }
+    self.check_objectives(aligned)
     for objective in self.objectives:
-      aligned[objective.name] = self.stage(
+      self.stage(
         f"align/{objective.name}",
         "align",
-        Key.of(options=canonical(objective.align), scores=score.digest, seed=seed),
+        aligned[objective.name],
         functools.partial(self.align, objective),
       )
     if not self.through("evaluate"):
@@ -204,10 +215,23 @@ class Pipeline:
     """Reads the data, so that what is wrong with it ends the run before anything is trained."""
     data = self.context.data
     for objective in self.objectives:
-      objective.align.check(data.splits["train"], members=1 + self.run.reward.family)
+      self.check(objective)
     write_json(directory / "summary.json", data.summary)
     write_atomic(directory / "left_out.txt", "".join(f"{problem}\n" for problem in data.left_out))
     log(f"{data.text()}\n{examples(data)}")
+
+  def check(self, objective: Objective) -> None:
+    """Refuses data that cannot feed the objective."""
+    objective.align.check(self.context.data.splits["train"], members=1 + self.run.reward.family)
+
+  def check_objectives(self, aligned: dict[str, Key]) -> None:
+    """Refuses what `describe` has not seen: objectives that the run was given later."""
+    if self.only not in (None, "align"):
+      return
+    for objective in self.objectives:
+      place = self.context.directory / "align" / objective.name
+      if not artefacts.finished(place, aligned[objective.name]):
+        self.check(objective)
 
   def align(self, objective: Objective, directory: Path) -> None:
     """Trains one policy on the scored splits."""
@@ -227,6 +251,8 @@ class Pipeline:
       Key.of(**parts),
       lambda place: evaluation.reference(place),
     )
+    place = context.directory / "evaluate"
+    write_atomic(place / "reward.json", (place / "reference" / "reward.json").read_bytes())
     for objective in self.objectives:
       self.stage(
         f"evaluate/{objective.name}",
@@ -309,6 +335,7 @@ def run(config: Config, directory: Path, *, only: str | None = None) -> int:
     if only in (None, "report"):
       write_report(directory)
       print(terminal_table(directory))
+    preemption.check()
   return 0
 
 
