@@ -91,9 +91,11 @@ class Oracle:
     reports, rows = world_words.numbers([prompt]), world_words.numbers([response])
     _, covered, false, repeated = (part[0] for part in _judge(reports, rows))
     words = response.split()
+    facts = _facts(reports)[0]
     stated = {
-      f"{world_words.SUBJECTS[subject]} {world_words.ALL_STATES[state]}": rank
-      for subject, state, rank in _stated(reports)[0]
+      f"{world_words.SUBJECTS[subject]} {world_words.ALL_STATES[state]}": int(facts[fact])
+      for fact in np.flatnonzero(facts != world_words.NOTHING)
+      for subject, state in [(world_words.FACT_SUBJECT[fact], world_words.FACT_STATE[fact])]
     }
     claimed = [" ".join(words[max(0, i - 1) : i + 1]) for i in range(len(words))]
     seen = {claimed[i] for i in np.flatnonzero(covered)}
@@ -111,27 +113,16 @@ class Oracle:
 
 
 def _facts(prompts: np.ndarray) -> np.ndarray:
-  """[M, states]: the importance's rank of each stated fact, NOTHING where it is not stated."""
+  """[M, facts]: the importance's rank of each stated fact, NOTHING where it is not stated."""
   subject, state, before = world_words.claims(prompts)
+  fact = world_words.FACT[subject, state]
   rank = before - world_words.FIRST_IMPORTANCE
-  stated = (state != world_words.NOTHING) & (rank >= 0) & (rank < len(world_words.IMPORTANCES))
-  # A state belongs to one subject, so the state alone names the fact, if the subject is its own.
-  stated &= state // world_words.STATES_PER_SUBJECT == subject
-  facts = np.full((len(prompts), len(world_words.ALL_STATES)), world_words.NOTHING)
+  stated = (state != world_words.NOTHING) & (fact != world_words.NOTHING)
+  stated &= (rank >= 0) & (rank < len(world_words.IMPORTANCES))
+  facts = np.full((len(prompts), len(world_words.FACT_STATE)), world_words.NOTHING)
   row, column = np.nonzero(stated)
-  facts[row, state[row, column]] = rank[row, column]
+  facts[row, fact[row, column]] = rank[row, column]
   return facts
-
-
-def _stated(prompts: np.ndarray) -> list[list[tuple[int, int, int]]]:
-  """For each prompt its (subject, state, rank), in the order of the states."""
-  return [
-    [
-      (int(s) // world_words.STATES_PER_SUBJECT, int(s), int(row[s]))
-      for s in np.flatnonzero(row >= 0)
-    ]
-    for row in _facts(prompts)
-  ]
 
 
 def _judge(
@@ -141,9 +132,11 @@ def _judge(
   facts = _facts(prompts)
   subject, state, _ = world_words.claims(rows)
   claim = state != world_words.NOTHING
-  own = claim & (state // world_words.STATES_PER_SUBJECT == subject)
+  fact = np.where(claim, world_words.FACT[subject, state], world_words.NOTHING)
   importance = np.where(
-    own, np.take_along_axis(facts, np.maximum(state, 0), 1), world_words.NOTHING
+    fact != world_words.NOTHING,
+    np.take_along_axis(facts, np.maximum(fact, 0), 1),
+    world_words.NOTHING,
   )
   code = subject * len(world_words.ALL_STATES) + state
   earlier = np.tri(rows.shape[1], k=-1, dtype=bool)
@@ -165,7 +158,7 @@ class Writer:
     sentences: probabilities of 1, 2, … sentences.
     sloppy: probability that a summary is sloppy.
     false: probability that a sentence is false, in a careful and in a sloppy summary.
-    exaggerate: probability that a false sentence claims the subject's sensational state.
+    exaggerate: probability that a false sentence claims something sensational.
     repeat: probability that a sentence repeats an earlier one, likewise.
     selective: probability that a summary prefers important facts, by `focus` in log-odds a rank.
     focus: strength of that preference.
@@ -211,23 +204,26 @@ class Writer:
 
     # A false sentence gives a subject a state that the report does not: half the time the subject
     # whose turn it is (a contradiction), else any (a hallucination). It tends to the sensational.
-    per = world_words.STATES_PER_SUBJECT
+    per, own = world_words.PER_SUBJECT, world_words.OWN
     shape = (count, most)
     other = (draw("false subject", shape) * len(world_words.SUBJECTS)).astype(int)
     subject = np.where(draw("contradict", shape) < 0.5, order // per, other)
     stated = facts.reshape(count, -1, per)
     true = np.where((stated >= 0).any(2), stated.argmax(2), per)  # `per`: no state of it is true
     true = np.take_along_axis(true, subject, 1)
-    guess = (draw("false state", shape) * (per - 1)).astype(int)
-    guess = np.where(draw("exaggerate", shape) < self.exaggerate, per - 1, guess)
-    wrong = subject * per + np.where(guess == true, (guess + 1) % per, guess)
+    first, many = np.where(
+      draw("exaggerate", shape) < self.exaggerate, [[[own]], [[per - own]]], [[[0]], [[own]]]
+    )
+    guess = (draw("false state", shape) * many).astype(int)
+    guess = np.where(first + guess == true, (guess + 1) % many, guess)
+    wrong = subject * per + first + guess
     is_false = draw("false", shape) < np.take(self.false, sloppy)[:, None]
-    state = np.where(is_false, wrong, order)
+    fact = np.where(is_false, wrong, order)
 
     place = np.arange(most)
     earlier = (draw("earlier", shape) * place).astype(int)  # 0 … place - 1
     repeats = (draw("repeat", shape) < np.take(self.repeat, sloppy)[:, None]) & (place > 0)
-    state = np.where(repeats, np.take_along_axis(state, earlier, 1), state)
+    fact = np.where(repeats, np.take_along_axis(fact, earlier, 1), fact)
 
     wordy = (draw("wordy", count) < self.wordy)[:, None] & (draw("opener", shape) < 0.5)
     present = place < length[:, None]
@@ -238,8 +234,8 @@ class Writer:
       (note & fits, world_words.NOTE),
       (note & fits, world_words.THAT),
       (also & fits, world_words.ALSO),
-      (True, world_words.FIRST_SUBJECT + state // per),
-      (True, world_words.FIRST_STATE + state),
+      (True, world_words.FIRST_SUBJECT + world_words.FACT_SUBJECT[fact]),
+      (True, world_words.FIRST_STATE + world_words.FACT_STATE[fact]),
       (True, world_words.STOP),
     )
     sentences = [np.where(present & keep, word, world_words.NOTHING) for keep, word in columns]
@@ -404,11 +400,14 @@ def _prompts(count: int, *stream: object) -> list[str]:
   draw = functools.partial(_draw, stream)
   subjects = draw("subjects", (count, len(world_words.SUBJECTS))).argsort(1, kind="stable")
   subjects = subjects[:, :FACTS]
-  per = world_words.STATES_PER_SUBJECT
-  # One stated fact in ten is sensational; the other states are as likely as each other.
-  state = np.where(draw("sensation", subjects.shape) < _SENSATION, per - 1, 0)
-  plain = (draw("states", subjects.shape) * (per - 1)).astype(int)
-  states = subjects * per + np.where(state, state, plain)
+  sensations = len(world_words.SENSATIONS)
+  chance = draw("states", subjects.shape)
+  states = np.where(
+    draw("sensation", subjects.shape) < _SENSATION,
+    world_words.OWN + (chance * sensations).astype(int),
+    (chance * world_words.OWN).astype(int),
+  )
+  states = world_words.FACT_STATE[subjects * world_words.PER_SUBJECT + states]
   # The report decides what matters; its subjects' usual importance is a strong hint.
   usual = subjects * len(world_words.IMPORTANCES) // len(world_words.SUBJECTS)
   keys = usual + 1.5 * draw("importance", subjects.shape)

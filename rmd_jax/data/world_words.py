@@ -13,41 +13,42 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# By the importance that a subject usually has. No state is shared: its word says which subject it
-# is about. The last of each is sensational: seldom true, and a sloppy writer's favourite. A reward
-# model can read both hints off a bag of words long before it learns to check with the report.
+# Subjects by the importance that they usually have, each with states of its own, whose words say
+# which subject they are about.
 STATES = {
-  "bridge": ("closed", "repaired", "collapsed"),
-  "dam": ("leaking", "sound", "bursting"),
-  "power": ("out", "restored", "sabotaged"),
-  "clinic": ("staffed", "overrun", "looted"),
-  "water": ("safe", "polluted", "poisoned"),
-  "harbor": ("frozen", "guarded", "ablaze"),
-  "engine": ("hot", "cold", "exploding"),
-  "vaccine": ("effective", "delayed", "deadly"),
-  "road": ("icy", "blocked", "destroyed"),
-  "train": ("late", "punctual", "derailed"),
-  "school": ("empty", "full", "haunted"),
-  "bank": ("solvent", "indebted", "robbed"),
-  "market": ("busy", "quiet", "panicking"),
-  "price": ("high", "low", "soaring"),
-  "court": ("adjourned", "divided", "corrupt"),
-  "wheat": ("ripe", "scarce", "rotten"),
-  "sky": ("grey", "clear", "apocalyptic"),
-  "museum": ("modern", "shut", "cursed"),
-  "team": ("winning", "losing", "invincible"),
-  "stadium": ("packed", "unfinished", "roaring"),
-  "mayor": ("absent", "elected", "scandalous"),
-  "crew": ("rested", "tired", "mutinous"),
-  "river": ("calm", "rising", "raging"),
-  "forest": ("green", "damp", "burning"),
+  "bridge": ("closed", "repaired", "slippery"),
+  "dam": ("leaking", "sound", "drained"),
+  "power": ("out", "restored", "weak"),
+  "clinic": ("staffed", "overrun", "sterile"),
+  "water": ("safe", "polluted", "salty"),
+  "harbor": ("frozen", "guarded", "deep"),
+  "engine": ("hot", "cold", "idle"),
+  "vaccine": ("effective", "delayed", "approved"),
+  "road": ("icy", "blocked", "smooth"),
+  "train": ("late", "punctual", "cancelled"),
+  "school": ("empty", "full", "renamed"),
+  "bank": ("solvent", "indebted", "merged"),
+  "market": ("busy", "quiet", "regulated"),
+  "price": ("high", "low", "stable"),
+  "court": ("adjourned", "divided", "sitting"),
+  "wheat": ("ripe", "scarce", "exported"),
+  "sky": ("grey", "clear", "starry"),
+  "museum": ("modern", "shut", "popular"),
+  "team": ("winning", "losing", "training"),
+  "stadium": ("packed", "unfinished", "rented"),
+  "mayor": ("absent", "elected", "ill"),
+  "crew": ("rested", "tired", "hungry"),
+  "river": ("calm", "rising", "shallow"),
+  "forest": ("green", "damp", "dense"),
 }
+# Any subject's; seldom true, and a sloppy writer's favourites. A reward model reads this hint, and
+# the usual importance, off a bag of words, long before it learns to check with the report.
+SENSATIONS = ("doomed", "cursed", "vanished", "exploding")
 IMPORTANCES = ("vital", "useful", "minor")
 SUBJECTS = tuple(STATES)
-ALL_STATES = tuple(state for states in STATES.values() for state in states)
+ALL_STATES = (*(state for states in STATES.values() for state in states), *SENSATIONS)
 MARKS = ("report", "summary", ":", ";", ".", "note", "that", "also")
 WORDS = MARKS + IMPORTANCES + SUBJECTS + ALL_STATES
-STATES_PER_SUBJECT = len(ALL_STATES) // len(SUBJECTS)
 
 NOTHING, UNKNOWN = -1, -2  # padding; a word from outside the world
 NUMBERS = {word: number for number, word in enumerate(WORDS)}
@@ -55,6 +56,17 @@ REPORT, SUMMARY, COLON, SEMICOLON, STOP, NOTE, THAT, ALSO = range(len(MARKS))
 FIRST_IMPORTANCE = NUMBERS[IMPORTANCES[0]]
 FIRST_SUBJECT = NUMBERS[SUBJECTS[0]]
 FIRST_STATE = NUMBERS[ALL_STATES[0]]
+
+# A fact is a subject with one of its states: subject * PER_SUBJECT + place, a subject's own states
+# before the sensations.
+OWN = len(STATES[SUBJECTS[0]])
+PER_SUBJECT = OWN + len(SENSATIONS)
+FACT_SUBJECT = np.arange(len(SUBJECTS) * PER_SUBJECT) // PER_SUBJECT
+FACT_STATE = np.array(
+  [ALL_STATES.index(state) for own in STATES.values() for state in (*own, *SENSATIONS)]
+)
+FACT = np.full((len(SUBJECTS), len(ALL_STATES)), NOTHING)  # a bridge is never salty
+FACT[FACT_SUBJECT, FACT_STATE] = np.arange(len(FACT_STATE))
 
 # A summary's grammar as the word classes that may follow each other. Class 0 is a full stop or
 # the summary's beginning.

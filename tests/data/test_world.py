@@ -19,7 +19,7 @@ REPORT = (
   "report : vital bridge closed ; minor sky grey ; useful road icy ; "
   "vital dam leaking ; useful train late ; minor team losing ; summary :"
 )
-GOLDEN = "e93240b968ea3924"
+GOLDEN = "ad91245c21069c14"
 # Numbers whose sums cannot be mistaken for each other, whatever the defaults are.
 ORACLE = Oracle(1.0, 0.5, 0.2, -1.0, -0.5, -0.25, 0.02)
 # The grammars, written once more as regular expressions.
@@ -65,6 +65,7 @@ def longer_share(pairs):
     ("bridge grey .", [-1.0, 3 * 0.02]),  # true of the sky, not of the bridge
     ("dam leaking . dam leaking .", [1.0, -0.5, 6 * 0.02]),
     ("river calm . river calm . river calm .", [-1.0, -0.5, -0.5, 9 * 0.02]),
+    ("bridge doomed . sky doomed .", [-1.0, -1.0, 6 * 0.02]),  # two claims, no repetition
     ("", []),
     ("bridge closed", [1.0, 2 * 0.02]),  # cut off after its last fact
     ("bridge closed . . .", [1.0, -0.25, -0.25, 5 * 0.02]),
@@ -137,7 +138,8 @@ def test_every_report_has_two_facts_of_each_importance_about_six_subjects():
     clauses = re.findall(CLAUSE, record["prompt"])
     assert len({subject for _, subject, _ in clauses}) == 6
     assert sorted(rank for rank, _, _ in clauses) == ["minor"] * 2 + ["useful"] * 2 + ["vital"] * 2
-    assert all(state in world_words.STATES[subject] for _, subject, state in clauses)
+    for _, subject, state in clauses:
+      assert state in (*world_words.STATES[subject], *world_words.SENSATIONS)
 
 
 def test_vocabulary_is_small_and_reads_every_text():
@@ -323,3 +325,8 @@ def test_drawing_is_fast():
   start = time.process_time()
   assert len(WorldSource(pairs=8000, rho=0.2).records()) == 8000
   assert time.process_time() - start < 4  # 1 s where nothing else runs
+
+
+def test_a_sensational_fact_can_be_true():
+  report = REPORT.replace("sky grey", "sky doomed")
+  assert ORACLE.score(report, "sky doomed . bridge doomed .") == pytest.approx(0.2 - 1.0 + 6 * 0.02)
