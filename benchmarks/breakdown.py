@@ -156,10 +156,7 @@ def _of(size: Size) -> dict[str, float]:
 def run(plan: Plan, *, quick: bool) -> list[Table]:
   """The table, from a process that has one core."""
   command = [sys.executable, "-m", "benchmarks.breakdown", *(["--quick"] if quick else [])]
-  environment = os.environ | {"XLA_FLAGS": ""}
-  done = subprocess.run(
-    command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
-  )
+  done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
   found = json.loads(done.stdout.splitlines()[-1])
   rows: list[tuple[Cell, ...]] = [
     (name, *(100 * found[size.name][name] for size in plan.profiled))

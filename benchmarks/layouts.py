@@ -17,6 +17,7 @@ from benchmarks.tables import Cell, Table
 from benchmarks.timing import Compiled, Matmul, Rate, Spread, compiled, interleave
 from rmd_jax.data.batch import Batch
 from rmd_jax.models.decoder import Decoder
+from rmd_jax.training.partitioning import batch_columns
 
 Logp = Callable[[Decoder, Any, Batch], jax.Array]
 LAYOUTS: dict[str, Logp] = {"rows": concatenated_logp, "shared": Decoder.logp}
@@ -25,8 +26,8 @@ LAYOUTS: dict[str, Logp] = {"rows": concatenated_logp, "shared": Decoder.logp}
 def gradient(logp: Logp, decoder: Decoder) -> Any:
   """The jitted (log-probabilities [B, N], gradient) of a loss that differs between responses."""
 
-  def loss(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    out = logp(decoder, params, batch)
+  def loss(params: Any, columns: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    out = logp(decoder, params, Batch(**columns))
     sign = jax.numpy.where(jax.numpy.arange(out.shape[1]) == 0, 1.0, -1.0)[None]
     return (out * sign).mean(), out
 
@@ -75,22 +76,23 @@ def run(plan: Plan) -> tuple[list[Table], list[Rate]]:
 
 def compare(size: Size, plan: Plan) -> tuple[tuple[Cell, ...], Rate]:
   """One row of the table, and the rate of the shared layout."""
-  batch = jax.device_put(size.dataset(batches=1).batch(np.arange(size.batch)))
+  batch = batch_columns(size.dataset(batches=1).batch(np.arange(size.batch)))
+  columns = jax.device_put(batch)
   params = size.params
   whole = dataclasses.replace(size.decoder, scan_layers=False, logit_chunk=1 << 30)
   programs: dict[str, Compiled] = {}
   flops = {}
   for name, logp in LAYOUTS.items():
-    programs[name] = compiled(gradient(logp, size.decoder), params, batch)
-    flops[name] = compiled(gradient(logp, whole), params, batch).flops
-  results = [jax.device_get(made.program(params, batch)) for made in programs.values()]
+    programs[name] = compiled(gradient(logp, size.decoder), params, columns)
+    flops[name] = compiled(gradient(logp, whole), params, columns).flops
+  results = [jax.device_get(made.program(params, columns)) for made in programs.values()]
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), *results
   )
   matmul = Matmul(plan.matmul)
   times = interleave(
     {"matmul": matmul}
-    | {name: partial(made.program, params, batch) for name, made in programs.items()},
+    | {name: partial(made.program, params, columns) for name, made in programs.items()},
     plan.effort,
   )
   rows, shared = programs["rows"], programs["shared"]

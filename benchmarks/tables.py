@@ -1,7 +1,7 @@
 """Tables as plain aligned text and as markdown."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.timing import Spread
@@ -79,22 +79,29 @@ def _sides(table: Table) -> list[str]:
   return ["left" if all(isinstance(c, str) for c in column) else "right" for column in columns]
 
 
-def page(heading: str, tables: Sequence[Table], show: Callable[[Table], str]) -> str:
-  """All tables, under a line that says where they come from."""
-  return "\n\n".join([heading, *map(show, tables)])
+def check_page(path: Path) -> None:
+  """Refuses a page that is there and has no marks between which tables could stand.
+
+  Raises:
+    ValueError: with the lines to put there.
+  """
+  if not path.exists():
+    return
+  old = path.read_text("utf-8")
+  if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+    raise ValueError(f"{path} has no place for the tables: put these two lines\n{BEGIN}\n{END}")
 
 
 def write_markdown(path: Path, heading: str, tables: Sequence[Table]) -> None:
   """Writes the tables to a page, between its two marks; a page that is not there is made.
 
   Raises:
-    ValueError: the page is there and has no marks: nothing of it is touched.
+    ValueError: see `check_page`; nothing of the page is touched.
   """
-  body = f"{BEGIN}\n\n{page(heading, tables, markdown)}\n\n{END}"
+  check_page(path)
+  body = "\n\n".join([BEGIN, heading, *map(markdown, tables), END])
   if not path.exists():
     path.write_text(f"{body}\n", "utf-8")
     return
   old = path.read_text("utf-8")
-  if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-    raise ValueError(f"{path} has no place for the tables: put these two lines\n{BEGIN}\n{END}")
   path.write_text(old[: old.index(BEGIN)] + body + old[old.index(END) + len(END) :], "utf-8")
