@@ -82,6 +82,13 @@ def finished(directory: Path, key: Key) -> bool:
   return state is not None and state["done"] and state["key"] == key.digest
 
 
+def reopen(directory: Path) -> None:
+  """Marks a result that was found damaged as unfinished, so that its stage mends it."""
+  state = state_of(directory)
+  if state is not None:
+    write_json(directory / STAGE_FILE, state | {"done": False})
+
+
 def require(directory: Path, key: Key, *, stage: str, command: str) -> Outcome:
   """The finished artefact of an earlier stage.
 

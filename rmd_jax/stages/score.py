@@ -18,7 +18,7 @@ from rmd_jax.data.batch import Batch, Dataset
 from rmd_jax.data.scores import ScoreStore
 from rmd_jax.errors import UserError
 from rmd_jax.models.ensemble import RewardEnsemble
-from rmd_jax.stages import inference
+from rmd_jax.stages import artefacts, inference
 from rmd_jax.stages.context import Context
 from rmd_jax.stages.inference import Sampling
 from rmd_jax.stages.reward import Reward
@@ -156,7 +156,11 @@ class Score:
     store = self.store(context, self.models(context, reward))
     splits = {}
     for name in names:
-      data = store.attach(context.data.splits[name])
+      try:
+        data = store.attach(context.data.splits[name])
+      except UserError:
+        artefacts.reopen(store.directory)
+        raise
       if self.samples and name in SAMPLED:
         with np.load(context.directory / "scores" / "samples.npz") as arrays:
           data = data.replace(**{column: arrays[f"{name}/{column}"] for column in SAMPLE_COLUMNS})
