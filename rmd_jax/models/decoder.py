@@ -134,9 +134,8 @@ class Decoder(TransformerConfig):
 
     at = Places(*map(joined, prompt, response))
     # Ids in padding may be anything: outside the vocabulary, the lookup would give NaN.
-    tokens = jnp.where(
-      at.segment > 0, joined(jnp.asarray(batch.prompt), jnp.asarray(batch.responses)), 0
-    )
+    tokens = joined(jnp.asarray(batch.prompt), jnp.asarray(batch.responses))
+    tokens = jnp.where(at.segment > 0, tokens, 0)
     hidden, _ = Transformer(self).apply({"params": params}, tokens, at, prompt, response)
     return hidden[:, :p], hidden[:, p:].reshape(b, n, r, -1)
 

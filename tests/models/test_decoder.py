@@ -12,7 +12,7 @@ from reference import TINY, make_batch, parameters, variant
 
 from rmd_jax.errors import UserError
 from rmd_jax.models import Decoder
-from rmd_jax.models.attention import Places, places
+from rmd_jax.models.attention import Places, places, visible
 from rmd_jax.models.transformer import Transformer
 
 AXES = {"vocab": "vocab_size", "embed": "width", "heads": "heads", "kv_heads": "kv_heads",
@@ -165,6 +165,19 @@ def test_masks_know_positions_not_indices():
   np.testing.assert_allclose(back[valid[0]], of_prompt[valid[0]], rtol=2e-5, atol=2e-5)
   back = np.take_along_axis(np.asarray(out[1]), np.argsort(orders)[..., None], axis=2)
   np.testing.assert_allclose(back[valid[1]], of_response[valid[1]], rtol=2e-5, atol=2e-5)
+
+
+def test_what_is_visible():
+  """Own segment (a row may hold several), no later position, never padding, in whatever order."""
+  key = Places(jnp.array([2, 1, 1, 0, 2]), jnp.array([0, 1, 0, 0, 3]))
+  query = Places(jnp.array([1, 2, 2, 0]), jnp.array([0, 2, 9, 5]))
+  expected = [
+    [False, False, True, False, False],
+    [True, False, False, False, False],
+    [True, False, False, False, True],
+    [False, False, False, False, False],
+  ]
+  np.testing.assert_array_equal(visible(query, key), expected)
 
 
 def test_response_mask_selects_tokens():

@@ -8,6 +8,7 @@ import reference
 from reference import TINY, make_batch
 
 from rmd_jax.errors import UserError
+from rmd_jax.models import sampling
 from rmd_jax.models.sampling import choose
 
 EOS = 3
@@ -155,18 +156,29 @@ def test_padding_of_prompts_is_not_read(params):
   )
 
 
-def test_the_loop_ends_with_the_last_response(params):
+@pytest.mark.slow
+def test_the_loop_ends_with_the_last_response(params, monkeypatch):
   """With EOS certain at the start, one token is drawn, however long responses may be."""
+  steps = []
+
+  def counted(rng, log_probs, **how):
+    jax.debug.callback(lambda: steps.append(1))
+    return choose(rng, log_probs, **how)
+
+  monkeypatch.setattr(sampling, "choose", counted)
   certain = jax.tree.map(np.zeros_like, params)
-  certain["embedding"] = np.zeros_like(params["embedding"])
   certain["embedding"][:, 0] = 1.0
   certain["embedding"][EOS, 0] = 500.0
-  certain["final_norm"] = {"scale": np.ones_like(params["final_norm"]["scale"])}
-  batch = prompts()
-  samples = draw(certain, batch, jax.random.key(5))
-  assert (np.asarray(samples.length) == 1).all()
-  assert np.asarray(samples.finished).all()
+  certain["final_norm"]["scale"][:] = 1.0
+  batch = make_batch(0, b=1, p=2, n=1, r=1)
+  samples = jax.jit(
+    functools.partial(TINY.sample, samples=1, max_tokens=7, eos_id=EOS, temperature=1.0)
+  )(certain, batch.prompt, batch.prompt_length, jax.random.key(5))
+  assert (samples.length == 1).all()
+  assert samples.finished.all()
   np.testing.assert_allclose(samples.logp, 0, atol=1e-6)
+  jax.effects_barrier()
+  assert len(steps) == 1
 
 
 @functools.partial(jax.jit, static_argnames="top_k")
