@@ -133,9 +133,7 @@ class Decoder(TransformerConfig):
       return jnp.concatenate([of_prompt, of_response.reshape(b, n * r)], axis=1)
 
     at = Places(*map(joined, prompt, response))
-    # Ids in padding may be anything: outside the vocabulary, the lookup would give NaN.
     tokens = joined(jnp.asarray(batch.prompt), jnp.asarray(batch.responses))
-    tokens = jnp.where(at.segment > 0, tokens, 0)
     hidden, _ = Transformer(self).apply({"params": params}, tokens, at, prompt, response)
     return hidden[:, :p], hidden[:, p:].reshape(b, n, r, -1)
 

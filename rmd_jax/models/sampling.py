@@ -134,8 +134,7 @@ def sample(
   rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
   keys = jax.vmap(functools.partial(jax.random.fold_in, rng))(rows)
   at_prompt, _ = places(prompt_length, jnp.zeros((b, samples), jnp.int32), (p, max_tokens))
-  tokens = jnp.where(at_prompt.segment > 0, prompt, 0)
-  hidden, (prompt_key, prompt_value) = apply(tokens, at_prompt, at_prompt)
+  hidden, (prompt_key, prompt_value) = apply(prompt, at_prompt, at_prompt)
   hidden = jnp.take_along_axis(hidden, (prompt_length - 1)[:, None, None], axis=1)
   empty = jnp.zeros(
     (config.layers, b, samples, max_tokens, *prompt_key.shape[3:]), prompt_key.dtype

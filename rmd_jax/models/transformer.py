@@ -268,7 +268,7 @@ class Transformer(nn.Module):
     """Hidden states after the final norm, and the keys and values of the tokens given.
 
     Args:
-      tokens: ids, all within the vocabulary: prompt then responses, or one token a response.
+      tokens: ids: prompt then responses, or one token a response.
       at: where those tokens stand, [B, T].
       prompt: where the prompt's tokens stand, [B, P].
       response: where the responses' tokens stand, [B, N, R]; None to prefill.
@@ -293,6 +293,7 @@ class Transformer(nn.Module):
     if self.is_initializing() and not c.tie_embeddings:  # otherwise `output_table` reads it
       shape = (c.width, c.vocab_size)
       self.param("unembedding", kernel(("embed", "vocab")), shape, jnp.dtype(c.param_dtype))
+    # Ids in padding may be anything; clipped, they cannot give the NaN of a lookup outside.
     x = jnp.take(table, tokens, axis=0, mode="clip").astype(c.dtype)
     exact = jnp.promote_types(x.dtype, jnp.float32)
     exponent = jnp.arange(c.head_dim // 2, dtype=exact) / (c.head_dim // 2)
