@@ -90,18 +90,26 @@ class Batch:
     return self.response_length > 0
 
   def with_samples(self) -> "Batch":
-    """The batch whose responses are this one's, followed by the reference's samples."""
+    """The batch whose responses are this one's, followed by the reference's samples.
+
+    It has no labels and no scores, which are of this one's responses alone.
+    """
     if self.samples is None or self.sample_length is None:
       raise ValueError(
         "the batch holds no samples of the reference: set Score.samples, and score again"
       )
-    positions = jnp.arange(self.samples.shape[-1])
+    positions = jnp.arange(self.samples.shape[-1])[None, None]
     sample_mask = positions < self.sample_length[:, :, None]
     return dataclasses.replace(
       self,
       responses=jnp.concatenate([self.responses, self.samples], 1),
       response_length=jnp.concatenate([self.response_length, self.sample_length], 1),
       response_mask=jnp.concatenate([self.response_mask, sample_mask], 1),
+      preference=None,
+      ranks=None,
+      ratings=None,
+      reference_logp=None,
+      rewards=None,
     )
 
 

@@ -125,13 +125,17 @@ class Align:
   objective: Objective = None
   hyper: Mapping[str, float] | None = None
 
-  def stage(self, context: Context) -> Alignment:
-    """The policy and its objective as the loop trains them."""
+  def expect_objective(self) -> None:
+    """Refuses a configuration that chooses none."""
     if self.objective is None:
       raise UserError(
         "no objective is chosen: include one of gin/objectives/, "
         "or list them in Run.objectives, e.g. Run.objectives = ['ensemble']"
       )
+
+  def stage(self, context: Context) -> Alignment:
+    """The policy and its objective as the loop trains them."""
+    self.expect_objective()
     return Alignment(context.policy, self.objective)
 
   @property

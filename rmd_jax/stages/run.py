@@ -125,6 +125,9 @@ class Pipeline:
     self.config = config
     self.only = only
     self.objectives = objectives_of(config)
+    if only in (None, "align", "evaluate"):
+      for objective in self.objectives:
+        objective.align.expect_objective()
     source = for_seed(self.run.data, seed)
     self.context = Context(
       directory=directory / f"seed_{seed}",

@@ -124,7 +124,9 @@ def init_opt(optimizer: Optimizer, decay: Params, params: Params) -> dict[str, A
 def abstract_carry(carry: Any) -> Any:
   """The carry's shapes, with Python numbers as strong 32-bit arrays."""
   return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(np.result_type(x))),
+    lambda x: jax.ShapeDtypeStruct(
+      np.shape(x), jax.dtypes.canonicalize_dtype(np.result_type(getattr(x, "dtype", x)))
+    ),
     carry,
   )
 
