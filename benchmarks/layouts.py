@@ -20,7 +20,12 @@ from rmd_jax.models.decoder import Decoder
 from rmd_jax.training.partitioning import batch_columns
 
 Logp = Callable[[Decoder, Any, Batch], jax.Array]
-LAYOUTS: dict[str, Logp] = {"rows": concatenated_logp, "shared": Decoder.logp}
+LAYOUTS: dict[str, Logp] = {
+  "rows, all logits": partial(concatenated_logp, all_logits=True),
+  "rows": concatenated_logp,
+  "shared prompt": Decoder.logp,
+}
+OURS = "shared prompt"
 
 
 def gradient(logp: Logp, decoder: Decoder) -> Any:
@@ -44,69 +49,61 @@ def run(plan: Plan) -> tuple[list[Table], list[Rate]]:
       size = dataclasses.replace(
         plan.layout, prompt=prompt * unit, length=length * unit, responses=count
       )
-      row, rate = compare(size, plan)
-      rows.append((f"{prompt}:{length}", f"{count}", *row))
+      more, rate = compare(size, plan, f"{prompt}:{length}")
+      rows += more
       rates.append(rate)
   d = plan.layout.decoder
   return [
     Table(
-      title="1. Rows of prompt + response / shared prompt: log-probabilities, forward and backward",
-      columns=(
-        "P:R",
-        "N",
-        "tokens ×",
-        "FLOPs ×",
-        "time ×",
-        "memory ×",
-        "rows ms",
-        "shared ms",
-        "rows compile s",
-        "shared compile s",
-      ),
+      title="1. A row for each response / shared prompt: log-probabilities, forward and backward",
+      columns=("P:R", "N", "layout", "tokens ×", "FLOPs ×", "time ×", "MiB ×", "ms", "compile s"),
       rows=tuple(rows),
       note=(
-        f"Above 1, the shared prompt wins. P + R = {plan.row}, {plan.layout.batch} prompts; "
-        f"{d.layers} layers of width {d.width}, {d.vocab_size} tokens. FLOPs are the compiled "
-        "programs' (unrolled, logits in one piece); memory is their peak of temporaries. Both "
-        "layouts make logits for response tokens only, and recompute layers in the backward pass."
+        f"× is the shared prompt's; above 1, it wins. P + R = {plan.row}, {plan.layout.batch}"
+        f" prompts; {d.layers} layers of width {d.width}, {d.vocab_size} tokens, layers computed"
+        " again in the backward pass. FLOPs are the compiled programs', with loops unrolled; MiB,"
+        " their peak of temporaries. All logits: the prompts' too, sliced off afterwards."
       ),
     )
   ], rates
 
 
-def compare(size: Size, plan: Plan) -> tuple[tuple[Cell, ...], Rate]:
-  """One row of the table, and the rate of the shared layout."""
-  batch = batch_columns(size.dataset(batches=1).batch(np.arange(size.batch)))
-  columns = jax.device_put(batch)
-  params = size.params
-  whole = dataclasses.replace(size.decoder, scan_layers=False, logit_chunk=1 << 30)
+def compare(size: Size, plan: Plan, ratio: str) -> tuple[list[tuple[Cell, ...]], Rate]:
+  """The rows of one shape of batch, and the rate of the shared layout."""
+  host = size.dataset(batches=1).batch(np.arange(size.batch))
+  columns = jax.device_put(batch_columns(host))
+  unrolled = dataclasses.replace(size.decoder, scan_layers=False, logit_chunk=1 << 30)
   programs: dict[str, Compiled] = {}
-  flops = {}
+  flops: dict[str, float] = {}
   for name, logp in LAYOUTS.items():
-    programs[name] = compiled(gradient(logp, size.decoder), params, columns)
-    flops[name] = compiled(gradient(logp, whole), params, columns).flops
-  results = [jax.device_get(made.program(params, columns)) for made in programs.values()]
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max()), *results
-  )
+    programs[name] = compiled(gradient(logp, size.decoder), size.params, columns)
+    flops[name] = compiled(gradient(logp, unrolled), size.params, columns).flops
+  expected = jax.device_get(programs[OURS].program(size.params, columns))
+  for made in programs.values():
+    jax.tree.map(_expect_close, jax.device_get(made.program(size.params, columns)), expected)
+
   matmul = Matmul(plan.matmul)
-  times = interleave(
-    {"matmul": matmul}
-    | {name: partial(made.program, params, columns) for name, made in programs.items()},
-    plan.effort,
-  )
-  rows, shared = programs["rows"], programs["shared"]
+  calls = {name: partial(made.program, size.params, columns) for name, made in programs.items()}
+  times = interleave({"matmul": matmul, **calls}, plan.effort)
   p, n, r = size.prompt, size.responses, size.length
-  name = f"{size.name}: gradient of logp, P:R = {p}:{r}, N = {n}"
-  rate = Rate(name, size.flops(), times["shared"], matmul.flops / times["matmul"])
-  row = (
-    n * (p + r) / (p + n * r),
-    flops["rows"] / flops["shared"],
-    Spread.of(times["rows"] / times["shared"]),
-    rows.temporary_bytes / shared.temporary_bytes,
-    1e3 * float(np.median(times["rows"])),
-    1e3 * float(np.median(times["shared"])),
-    rows.seconds,
-    shared.seconds,
-  )
-  return row, rate
+  per_row, per_prompt = n * (p + r), p + n * r
+  rows: list[tuple[Cell, ...]] = [
+    (
+      ratio,
+      f"{n}",
+      name,
+      1.0 if name == OURS else per_row / per_prompt,
+      flops[name] / flops[OURS],
+      Spread.of(times[name] / times[OURS]),
+      made.temporary_bytes / programs[OURS].temporary_bytes,
+      1e3 * float(np.median(times[name])),
+      made.seconds,
+    )
+    for name, made in programs.items()
+  ]
+  step = f"{size.name}: gradient of logp, P:R = {p}:{r}, N = {n}"
+  return rows, Rate(step, size.flops(), times[OURS], matmul.flops / times["matmul"])
+
+
+def _expect_close(got: np.ndarray, expected: np.ndarray) -> None:
+  np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())

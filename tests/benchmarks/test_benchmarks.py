@@ -40,7 +40,7 @@ def numbers(table):
 def test_every_question_has_its_table(measured):
   assert [table.title[:2] for table in measured] == ["1.", "2.", "3.", "4.", "5.", "6."]
   assert [len(table.rows) for table in measured] == [
-    2,  # P:R = 3:1 and 1:1
+    3 * 2,  # layouts, at P:R = 3:1 and 1:1
     1,  # a vocabulary
     4 + 2,  # SFT and three objectives; two of them over microbatches
     1,  # a size
@@ -68,9 +68,11 @@ def test_the_parts_of_a_step_are_all_of_it(measured):
 
 
 @pytest.mark.slow
-def test_rows_of_prompt_and_response_give_the_same_log_probabilities():
+@pytest.mark.parametrize("all_logits", [False, True])
+def test_rows_of_prompt_and_response_give_the_same_log_probabilities(all_logits):
   batch = dataclasses.replace(SMOKE, responses=3).dataset(batches=1).batch(np.arange(SMOKE.batch))
-  rows = jax.jit(concatenated_logp, static_argnums=0)(SMOKE.decoder, SMOKE.params, batch)
+  in_rows = jax.jit(concatenated_logp, static_argnums=0, static_argnames="all_logits")
+  rows = in_rows(SMOKE.decoder, SMOKE.params, batch, all_logits=all_logits)
   shared = jax.jit(lambda params, batch: SMOKE.decoder.logp(params, batch))(SMOKE.params, batch)
   np.testing.assert_allclose(rows, shared, rtol=1e-5)
 
