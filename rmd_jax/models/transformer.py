@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from rmd_jax.errors import UserError
 from rmd_jax.models.attention import Keys, Places, Rotation, attend, rotate
+from rmd_jax.models.placement import place
 
 ACTIVATIONS = {"silu": nn.silu, "gelu": nn.gelu}
 REMAT_POLICIES = {
@@ -211,7 +212,7 @@ class Layer(nn.Module):
     up = weight("up", c.width, c.mlp_width, init=kernel(("embed", "mlp")))
     down = weight("down", c.mlp_width, c.width, init=kernel(("mlp", "embed"), scale=depth))
     inner = ACTIVATIONS[c.activation](jnp.dot(y, gate)) * jnp.dot(y, up)
-    return x + jnp.dot(inner, down), kept
+    return place(x + jnp.dot(inner, down), "batch", None), kept
 
   def attention(
     self,
@@ -295,6 +296,7 @@ class Transformer(nn.Module):
       shape = (c.width, c.vocab_size)
       self.param("unembedding", kernel(("embed", "vocab")), shape, jnp.dtype(c.param_dtype))
     # Ids in padding may be anything; clipped, they cannot give the NaN of a lookup outside.
+    table = place(table, "vocab", None)  # gathered as other weights are, not looked up in slices
     x = jnp.take(table, tokens, axis=0, mode="clip").astype(c.dtype)
     exact = jnp.promote_types(x.dtype, jnp.float32)
     exponent = jnp.arange(c.head_dim // 2, dtype=exact) / (c.head_dim // 2)
@@ -316,11 +318,12 @@ class Transformer(nn.Module):
     )(c, name="layers")
     # Tokens lie on one axis inside: weight gradients of [B, T, D] operands cost twice as much on
     # CPU, where XLA transposes the wider one.
-    x, kept = layers(x.reshape(-1, c.width), turn, at, prompt, response, cache, step)
+    x = place(x, "batch", None, None).reshape(-1, c.width)
+    x, kept = layers(x, turn, at, prompt, response, cache, step)
     return RMSNorm(c, name="final_norm")(x).reshape(*tokens.shape, c.width), kept
 
 
 def output_table(config: TransformerConfig, params: dict[str, Any]) -> Float[Array, "D V"]:
   """The output projection, in the compute dtype."""
   table = params["embedding"].T if config.tie_embeddings else params["unembedding"]
-  return table.astype(config.dtype)
+  return place(table.astype(config.dtype), None, "vocab")

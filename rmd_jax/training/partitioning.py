@@ -6,7 +6,7 @@ One device is the mesh of ones, so no code has a branch for it.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,6 +186,17 @@ class Layout:
     """The mesh axes that split examples, in a stage with that many members."""
     axes = self.rules.batch
     return axes if members else axes + tuple(a for a in self.rules.member if a not in axes)
+
+  def constrain(self, members: int) -> Callable[[jax.Array, Names], jax.Array]:
+    """What `rmd_jax.models.placement.activations` takes, in a stage with that many members."""
+    place = Layout(self.mesh, dataclasses.replace(self.rules, batch=self.batch_axes(members)))
+
+    def constrained(x: jax.Array, names: Names) -> jax.Array:
+      if self.mesh.size == 1:  # nothing to say, and nothing to compile
+        return x
+      return jax.lax.with_sharding_constraint(x, place.sharding(names, x.shape, "an activation"))
+
+    return constrained
 
   def check_batch(self, size: int, members: int, what: str) -> None:
     """Refuses a number of examples that does not divide over the mesh.

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from rmd_jax.data.batch import MEMBER_COLUMNS, Batch
+from rmd_jax.models.placement import activations
 from rmd_jax.training.optimisers import Optimizer
 from rmd_jax.training.partitioning import Layout
 from rmd_jax.training.stage import Loss, Params, Stage
@@ -350,7 +351,8 @@ def train_program(
   placed = jax.tree.map(lambda leaf: leaf.sharding, state)
 
   def train_step(*arguments: Any) -> Any:
-    return _step(stage, optimizer, microbatches, names, blueprint.decay, *arguments)
+    with activations(layout.constrain(stage.members)):
+      return _step(stage, optimizer, microbatches, names, blueprint.decay, *arguments)
 
   outs = (placed, layout.replicated, layout.replicated)
   return jax.jit(train_step, donate_argnums=0, out_shardings=outs)
@@ -368,7 +370,8 @@ def eval_program(stage: Stage, layout: Layout, names: tuple[str, ...]) -> Any:
   ) -> tuple[Array, Array, dict[str, Array]]:
     batch = Batch(**columns)
     key = jax.random.fold_in(jax.random.wrap_key_data(rng, impl=RNG), step)
-    outputs = stage.outputs(params, batch, rng=key)
+    with activations(layout.constrain(stage.members)):
+      outputs = stage.outputs(params, batch, rng=key)
     hyper = dict(zip(names, values, strict=True)) | {"training": jnp.zeros(())}
     loss = stage.objective(outputs, batch, step=step, hyper=hyper, carry=carry)
     return loss.sum, loss.weight, flat(loss.aux)

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from reference import TINY, make_batch, parameters, variant
 
 from rmd_jax.errors import UserError
-from rmd_jax.models import Decoder
+from rmd_jax.models import Decoder, placement
 from rmd_jax.models.attention import Places, places, visible
 from rmd_jax.models.transformer import Transformer
 
@@ -350,3 +351,35 @@ def test_sharded_by_logical_names_equals_one_device(mesh_shape):
   batch = jax.tree.map(lambda leaf: jax.device_put(leaf, by_example), batch)
   got = step(decoder, sharded, batch, weights)
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4), got, expected)
+
+
+@pytest.mark.slow
+def test_placed_activations_stay_split_by_examples():
+  """With parameters split over the devices of the batch, weights travel and activations do not."""
+  decoder = variant(width=16, heads=8, kv_heads=2, head_dim=4, mlp_width=24, vocab_size=40)
+  shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+  mesh = jax.sharding.Mesh(jax.devices(), ("fsdp",))
+  rules = {"batch": "fsdp", "embed": "fsdp"}
+
+  def sharding(*names):
+    return jax.NamedSharding(mesh, jax.P(*map(rules.get, names)))
+
+  batch = make_batch(16, b=8, p=7, n=2, r=5, vocab=40)
+  leaves, tree = jax.tree.flatten(batch)
+
+  def gradient(params, *leaves):
+    with placement.activations(
+      lambda x, names: jax.lax.with_sharding_constraint(x, sharding(*names))
+    ):
+      return jax.grad(lambda p: decoder.logp(p, tree.unflatten(leaves)).sum())(params)
+
+  is_names = lambda leaf: isinstance(leaf, tuple)  # noqa: E731
+  placed = jax.tree.map(lambda names: sharding(*names), decoder.axes(), is_leaf=is_names)
+  rows = [sharding("batch")] * len(leaves)
+  program = jax.jit(gradient, in_shardings=(placed, *rows), out_shardings=placed)
+  text = program.lower(shapes, *leaves).compile().as_text()
+  gathered = re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", text)
+  assert gathered  # the weights
+  tokens = 8 * (7 + 2 * 5)
+  sizes = [int(size) for shape in gathered for size in re.findall(r"\d+", shape.split("[")[1])]
+  assert not {tokens, 17} & set(sizes), gathered  # [B * T, ...] or [B, T, ...]
