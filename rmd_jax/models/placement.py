@@ -8,6 +8,7 @@ so, too, gathers the whole batch on every device and sums each norm over the mes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 
@@ -32,7 +33,7 @@ def activations(constrain: Constrain) -> Iterator[None]:
     _constrain.reset(token)
 
 
-def place(x: jax.Array, *names: str | None) -> jax.Array:
-  """`x`, constrained as the caller of the model says; unchanged if it says nothing."""
+def place(x: Any, *names: str | None) -> Any:
+  """The array (NumPy's, too), constrained as the model's caller says; unchanged if it says nothing."""
   constrain = _constrain.get()
   return x if constrain is None else constrain(x, names)

@@ -295,8 +295,8 @@ class Transformer(nn.Module):
     if self.is_initializing() and not c.tie_embeddings:  # otherwise `output_table` reads it
       shape = (c.width, c.vocab_size)
       self.param("unembedding", kernel(("embed", "vocab")), shape, jnp.dtype(c.param_dtype))
-    # Ids in padding may be anything; clipped, they cannot give the NaN of a lookup outside.
     table = place(table, "vocab", None)  # gathered as other weights are, not looked up in slices
+    # Ids in padding may be anything; clipped, they cannot give the NaN of a lookup outside.
     x = jnp.take(table, tokens, axis=0, mode="clip").astype(c.dtype)
     exact = jnp.promote_types(x.dtype, jnp.float32)
     exponent = jnp.arange(c.head_dim // 2, dtype=exact) / (c.head_dim // 2)
