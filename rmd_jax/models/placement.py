@@ -34,6 +34,6 @@ def activations(constrain: Constrain) -> Iterator[None]:
 
 
 def place(x: Any, *names: str | None) -> Any:
-  """The array (NumPy's, too), constrained as the model's caller says; unchanged if it says nothing."""
+  """The array (NumPy's, too), constrained as the model's caller says, or unchanged."""
   constrain = _constrain.get()
   return x if constrain is None else constrain(x, names)
