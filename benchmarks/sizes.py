@@ -141,7 +141,7 @@ WIDE = Size(
   decoder=Decoder(
     vocab_size=8192, layers=4, width=256, heads=4, kv_heads=2, head_dim=64, mlp_width=768
   ),
-  batch=4,
+  batch=2,
   prompt=192,
   responses=2,
   length=64,
