@@ -23,7 +23,6 @@ REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-EMBEDDING_STD = 0.02  # as GPT-2 and Llama; width**-0.5 learned to copy more slowly
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SIZES = (
   "layers",
@@ -183,7 +182,7 @@ class Layer(nn.Module):
     step: Int[Array, ""] | None,
   ) -> tuple[Float[Array, "T D"], tuple[Array, Array] | None]:
     c = self.config
-    depth = (2 * c.layers) ** -2  # 2 L contributions to the residual stream, 1 / 2L each
+    depth = 1 / (2 * c.layers)  # keeps the residual stream's variance near 1 at any depth
 
     def weight(name: str, *shape: int, init: Callable[..., Any]) -> Array:
       param = self.param(name, init, shape, jnp.dtype(c.param_dtype))
@@ -288,7 +287,7 @@ class Transformer(nn.Module):
       )
     table = self.param(
       "embedding",
-      named(nn.initializers.normal(EMBEDDING_STD), ("vocab", "embed")),
+      named(nn.initializers.normal(c.width**-0.5), ("vocab", "embed")),
       (c.vocab_size, c.width),
       jnp.dtype(c.param_dtype),
     )
