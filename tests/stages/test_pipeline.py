@@ -129,11 +129,11 @@ def test_an_evaluation_says_all_that_the_report_reads(whole):
     assert found["advantage"]["mean"] == pytest.approx(
       found["reward_policy"] - found["reward_reference"]
     )
-    assert len(found["margin_correlations"]) == 3
+    assert len(found["margin_correlations"]) == 4
     with np.load(folder / "margins.npz") as margins:
       implicit, reward = margins["implicit"], margins["reward"]
       assert implicit.shape == margins["length_difference"].shape == (counts["test"],)
-      assert reward.shape == (3, counts["test"])
+      assert reward.shape == (4, counts["test"])
       np.testing.assert_allclose(
         implicit,
         found["beta"] * (margins["chosen_log_ratio"] - margins["rejected_log_ratio"]),
@@ -154,8 +154,8 @@ def test_an_evaluation_says_all_that_the_report_reads(whole):
 
 def test_reward_models_are_evaluated(whole):
   report = read(whole / "seed_0/evaluate/reward.json")
-  assert len(report["members"]) == 3
-  assert np.shape(report["agreement"]) == (3, 3)
+  assert len(report["members"]) == 4
+  assert np.shape(report["agreement"]) == (4, 4)
   for member in report["members"]:
     assert 0 <= member["accuracy"] <= 1
     assert {"nll", "ece", "reliability", "by_length"} < set(member)
@@ -199,9 +199,9 @@ def test_the_six_differ_and_each_logs_its_own(whole):
   assert rows["ipo"]["loss/total"] == pytest.approx((1 / (2 * 0.1)) ** 2, rel=1e-3)
   assert rows["pessimistic_dpo"]["gamma/value"] == pytest.approx(0.01)
   assert rows["dpo"]["gamma/value"] == 0
-  picked = [rows["ensemble"][f"select/member_{k}"] for k in (1, 2)]
-  assert sorted(picked) == [0, 1]
-  distances = [rows["ensemble"][f"ensemble/distance_{k}"] for k in (1, 2)]
+  picked = [rows["ensemble"][f"select/member_{k}"] for k in (1, 2, 3)]
+  assert sorted(picked) == [0, 0, 1]
+  distances = [rows["ensemble"][f"ensemble/distance_{k}"] for k in (1, 2, 3)]
   assert picked[int(np.argmin(distances))] == 1
   assert rows["ensemble"]["loss/total"] == pytest.approx(min(distances), rel=1e-3)
 

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 # An objective with moving averages: its state has to survive, too.
 BINDINGS = (
   "SELECTION='running'",
-  "EnsembleDistill.members=2",
+  "EnsembleDistill.members=3",
   "Run.objectives=['ensemble']",
-  "Score.samples=2",
+  "Score.samples=3",
 )
 VICTIM = Path(__file__).with_name("pipeline_victim.py")
 

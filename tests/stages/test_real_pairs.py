@@ -31,7 +31,7 @@ TINY = (
   "align/Training.steps=3",
   "Evaluate.prompts=8",
   "Evaluate.resamples=50",
-  "Run.objectives=['dpo','ensemble']",
+  "Run.objectives=['ensemble']",
 )
 
 pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"{FILE} is not there")
@@ -59,13 +59,12 @@ def test_real_pairs_run_through_all_stages(tmp_path, capsys):
   assert sum(counts.values()) == 1496
   assert min(counts.values()) > 50
   assert summary["unusable"] == 4
-  for objective in ("dpo", "ensemble"):
-    found = read(seed / "evaluate" / objective / "evaluation.json")
-    assert found["judge"] == "held-out reward model"
-    assert found["advantage"]["n"] == 8
-    with np.load(seed / "evaluate" / objective / "margins.npz") as margins:
-      assert margins["implicit"].shape == (counts["test"],)
-      assert np.isfinite(margins["implicit"]).all()
+  found = read(seed / "evaluate/ensemble/evaluation.json")
+  assert found["judge"] == "held-out reward model"
+  assert found["advantage"]["n"] == 8
+  with np.load(seed / "evaluate/ensemble/margins.npz") as margins:
+    assert margins["implicit"].shape == (counts["test"],)
+    assert np.isfinite(margins["implicit"]).all()
   assert (seed / "judge/checkpoints").is_dir()
   assert "report: " in said.out
   assert (tmp_path / "run/report/report.html").exists()

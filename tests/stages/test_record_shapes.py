@@ -257,7 +257,7 @@ def test_preferences_on_groups_without_ranks_are_refused_before_training(
 
 def test_the_number_of_members_is_checked_before_training(tmp_path):
   loaded = configure("SELECTION='running'", "EnsembleDistill.members=5", objectives=["ensemble"])
-  with pytest.raises(UserError, match=r"EnsembleDistill.members=5, but rewards have 2"):
+  with pytest.raises(UserError, match=r"EnsembleDistill.members=5, but rewards have 3"):
     pipeline(loaded, tmp_path)
   assert not (tmp_path / "seed_0/sft").exists()
 

@@ -1,8 +1,4 @@
-"""The stages' own programs on meshes of eight devices: the numbers of one device.
-
-The step is that of `fit`; only the optimiser's eps is larger than usual: of a gradient that is
-rounding alone, Adam makes a step of full size.
-"""
+"""The stages' own programs on meshes of eight devices: the numbers of one device."""
 
 import functools
 import shutil
@@ -16,14 +12,12 @@ from rmd_jax.stages import inference
 from rmd_jax.stages.align import Alignment
 from rmd_jax.stages.inference import Sampling
 from rmd_jax.stages.run import Pipeline
-from rmd_jax.stages.sft import NextToken
 from rmd_jax.training.loop import Training, fit, load_params
 from rmd_jax.training.optimisers import AdamW
 from rmd_jax.training.partitioning import MeshConfig
 
 pytestmark = pytest.mark.slow
 
-FAMILY = ("Reward.family=3",)  # with the model of all data 4 members, which 8 devices can share
 ONE = MeshConfig()
 MESHES = {
   "data": MeshConfig(data=8),
@@ -37,9 +31,9 @@ TRAINING = Training(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-  """A run with three members in the family, up to the scores, on one device."""
+  """A run up to the scores, on one device."""
   directory = tmp_path_factory.mktemp("single")
-  loaded = configure(*FAMILY, objectives=["ensemble"])
+  loaded = configure(objectives=["ensemble"])
   for stage in ("sft", "reward", "score"):
     pipeline(loaded, directory, only=stage)
   return directory
@@ -48,7 +42,7 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(finished):
   """The run's context and its scored splits."""
-  loaded = configure(*FAMILY, objectives=["ensemble", "dpo"])
+  loaded = configure(objectives=["ensemble", "dpo"])
   context = Pipeline(loaded, finished, 0, None).context
   return loaded, context, loaded.root.score.attach(context, loaded.root.reward, ("train", "test"))
 
@@ -72,12 +66,9 @@ def trained(scored, tmp_path_factory):
     else:
       params = {"frozen": {}, "shared": policy, "members": {}}
       named = {"frozen": {}, "shared": axes, "members": {}}
-      if name == "sft":
-        stage, train = NextToken(context.policy), context.data.demonstrations["train"]
-      else:
-        align = loaded.with_objective(name).root.align
-        stage, hyper = Alignment(context.policy, align.objective), align.numbers()
-        carry = align.objective.init_carry()
+      align = loaded.with_objective(name).root.align
+      stage, hyper = Alignment(context.policy, align.objective), align.numbers()
+      carry = align.objective.init_carry()
     fitted = fit(
       stage,
       TRAINING,
@@ -121,13 +112,6 @@ def test_a_step_on_a_mesh_is_that_of_one_device(trained, name, mesh):
     assert specs == ({"member"} if name == "reward" else set())
 
 
-def test_demonstrations_on_a_mesh(trained):
-  wanted, logged, _ = trained("sft", ONE)
-  got, rows, _ = trained("sft", MESHES["all"])
-  assert_trees_equal(got, wanted, rtol=2e-4, atol=2e-6)
-  assert rows[-1]["loss/total"] == pytest.approx(logged[-1]["loss/total"], rel=1e-5)
-
-
 @pytest.mark.parametrize("mesh", MESHES)
 def test_scoring_and_sampling_on_a_mesh(scored, mesh):
   """Samples are the very tokens: a row's random numbers are its own."""
@@ -163,8 +147,7 @@ def test_a_run_goes_on_on_a_mesh(finished, tmp_path):
     shutil.copytree(finished, directory)
     if name == "eight":  # scored on the mesh, too
       shutil.rmtree(directory / "seed_0/scores")
-    optimizer = ("align/Training.optimizer=@AdamW()", "AdamW.eps=1e-3")
-    loaded = configure(*FAMILY, *optimizer, *bindings, objectives=["ensemble"])
+    loaded = configure(*bindings, objectives=["ensemble"])
     skipped = pipeline(loaded, directory)
     assert made(skipped) == (["seed_0/scores"] if name == "eight" else []) + [
       "seed_0/align/ensemble",
@@ -178,7 +161,5 @@ def test_a_run_goes_on_on_a_mesh(finished, tmp_path):
       np.testing.assert_allclose(ours[column], theirs[column], rtol=1e-3, atol=1e-4)
   assert digests(runs["eight"])["sft"] == digests(runs["one"])["sft"]
   before = contents(tmp_path / "eight")
-  assert all(
-    pipeline(configure(*FAMILY, *optimizer, objectives=["ensemble"]), tmp_path / "eight").values()
-  )
+  assert all(pipeline(configure(objectives=["ensemble"]), tmp_path / "eight").values())
   assert contents(tmp_path / "eight") == before
