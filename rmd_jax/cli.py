@@ -20,7 +20,7 @@ STAGES = {
   "score": "store reference log-probabilities and rewards of every example",
   "align": "train the policies, one for each objective",
   "evaluate": "sample from the policies and judge the samples",
-  "report": "write the report of what is there",
+  "report": "write the report again, of a run whose stages are finished",
 }
 
 EPILOG = """\
